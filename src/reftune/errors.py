@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": the command line prints its message and exits with status 2."""
+
+
+class ReftuneError(ValueError):
+    """A request that cannot be carried out; the message names the file, row or field, its value, and the way out."""
