@@ -1,0 +1,29 @@
+"""The edits: h -> edited h, one class a method."""
+
+from reftune.edits.base import Edit, FoldedEdit
+from reftune.edits.consreft import ConsreftEdit
+from reftune.edits.direft import DireftEdit
+from reftune.edits.direft_orthogonal import DireftOrthogonalEdit
+from reftune.edits.flat import FlatEdit
+from reftune.edits.lobireft import LobireftEdit
+from reftune.edits.loreft import LoreftEdit
+from reftune.edits.noreft import NoreftEdit
+from reftune.edits.registry import available_edits, edit_class, make_edit, register_edit
+from reftune.edits.rotated import RotatedEdit
+
+__all__ = [
+    "ConsreftEdit",
+    "DireftEdit",
+    "DireftOrthogonalEdit",
+    "Edit",
+    "FlatEdit",
+    "FoldedEdit",
+    "LobireftEdit",
+    "LoreftEdit",
+    "NoreftEdit",
+    "RotatedEdit",
+    "available_edits",
+    "edit_class",
+    "make_edit",
+    "register_edit",
+]

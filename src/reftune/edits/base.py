@@ -1,0 +1,139 @@
+"""What every edit shares: arithmetic in float32, dropout on the change alone, validated options."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reftune.edits.activations import activation, is_linear
+from reftune.errors import ReftuneError
+
+Init = Literal["identity", "paper"]
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedEdit:
+    """h + (hA + b)B: the one form that every linear edit takes at inference.
+
+    Attributes:
+        A: reads r coordinates of the hidden state.
+        b: is added to them.
+        B: writes them back.
+    """
+
+    A: Float[Tensor, "width r"]
+    b: Float[Tensor, " r"]
+    B: Float[Tensor, "r width"]
+
+    def __call__(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """The edited hidden state, computed as an edit computes it and returned in the dtype of `h`."""
+        x = h.to(compute_dtype(h))
+        A, b, B = (tensor.to(x.dtype) for tensor in (self.A, self.b, self.B))
+        return (x + (x @ A + b) @ B).to(h.dtype)
+
+
+class Edit(nn.Module):
+    """h + dropout(delta(h)): a change of the hidden state, learned while the model stays as it is.
+
+    A subclass creates its parameters directly on itself, fills them in `reset_parameters` and writes `change`.
+
+    Args:
+        width: size of the hidden state's last dimension.
+        r: rank, between 1 and `width`.
+        dropout: probability with which an element of the change (never of `h`) is dropped in training.
+        act_fn: name of an activation function, `None` for linear.
+        init: `"identity"` starts as an edit that changes nothing; `"paper"` starts as the reference code does.
+
+    Raises:
+        ReftuneError: an option outside its range.
+    """
+
+    def __init__(
+        self, width: int, r: int, *, dropout: float = 0.0, act_fn: str | None = None, init: Init = "identity"
+    ) -> None:
+        super().__init__()
+        if not 1 <= r <= width:
+            raise ReftuneError(f"r={r}: the rank must lie between 1 and the width of the hidden state, {width}")
+        if not 0.0 <= dropout < 1.0:
+            raise ReftuneError(f"dropout={dropout}: must be at least 0 and below 1")
+        if init not in get_args(Init):
+            raise ReftuneError(f"init={init!r}: must be one of {', '.join(get_args(Init))}")
+        self.width, self.r, self.dropout, self.act_fn, self.init = width, r, float(dropout), act_fn, init
+        # Straight into __dict__: some activations are modules, and an edit has no nested module (its state-dict keys
+        # must end in the name of a tensor of its own).
+        self.__dict__["_activation"] = activation(act_fn)
+
+    def reset_parameters(self) -> None:
+        """**Overwrites every parameter** with its initial value."""
+        raise NotImplementedError
+
+    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """The formula without `h +`, written by a subclass; `h` and the result are both float32 or both float64."""
+        raise NotImplementedError
+
+    def fold(self) -> FoldedEdit:
+        """The edit as (A, b, B), in the dtype of its parameters.
+
+        Raises:
+            ReftuneError: the edit has an activation function, so that it is not affine in `h`.
+        """
+        raise ReftuneError(f"{type(self).__name__} has no folded form")
+
+    def retract_(self) -> None:
+        """**Brings the parameters back** onto their constraint after an optimiser's step; most edits have none."""
+
+    def delta(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """What the edit adds to `h`, without dropout, in float32 (float64 where `h` is), under autocast too."""
+        with without_autocast(h.device.type):
+            return self.change(h.to(compute_dtype(h)))
+
+    def forward(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """The edited hidden state in the dtype of `h`; any number of leading dimensions, and none or many rows."""
+        change = F.dropout(self.delta(h), self.dropout, self.training)
+        return (h.to(change.dtype) + change).to(h.dtype)
+
+    def extra_repr(self) -> str:
+        """The options, as `print(model)` shows them."""
+        return f"width={self.width}, r={self.r}, dropout={self.dropout}, act_fn={self.act_fn!r}"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the activation function is the identity."""
+        return is_linear(self.act_fn)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation function, element by element."""
+        return self.__dict__["_activation"](x)
+
+    def require_linear(self) -> None:
+        """Refuse to fold where an activation stands in the way."""
+        if not self.is_linear:
+            raise ReftuneError(
+                f"act_fn={self.act_fn!r}: only a linear edit folds to h + (hA + b)B; call the edit itself instead"
+            )
+
+
+def compute_dtype(h: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: a rank-r correction added in bfloat16 would lose most of its digits."""
+    return torch.float64 if h.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def init_linear_(weight: Float[Tensor, "r width"], bias: Float[Tensor, " r"] | None = None) -> None:
+    """**Fills** a weight and a bias as a new `nn.Linear` has them: uniform within 1 / sqrt(width)."""
+    bound = 1.0 / math.sqrt(weight.shape[-1])
+    weight.uniform_(-bound, bound)
+    if bias is not None:
+        bias.uniform_(-bound, bound)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which autocast does not lower the precision of an edit's matrix products."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,152 @@
+"""The edits that own a rotation R: when it is retracted, how it is saved, and how it is loaded."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reftune.edits.base import Edit, Init
+from reftune.edits.rotation import complete_basis, householder, identity_reflectors, orthonormal, retract_
+from reftune.errors import ReftuneError
+
+Parametrization = Literal["cholesky", "householder"]
+_IN_SYNC = "in sync"
+
+
+class RotatedEdit(Edit):
+    """An edit with R, r orthonormal rows: the base class of LoReFT and its kin.
+
+    - `parametrization="cholesky"`: `rotation` is the trained parameter. It is retracted lazily, at the start of a
+      forward and before it is saved, so that any optimiser in any trainer can step it. In training every forward looks, as some
+      optimisers (bitsandbytes, anything through `.data`) leave no trace in the version counter; in evaluation only a
+      rotation that has changed since is looked at.
+    - `parametrization="householder"`: what pyreft trains, for its training curve. `reflectors` is trained; `rotation` is
+      a buffer that holds the result when saved. A reload gives the same edit, and starts the reflectors afresh around it.
+
+    Either way a checkpoint holds `rotation`, `r x width`, and nothing else about it.
+    """
+
+    rotation: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        r: int,
+        *,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        init: Init = "identity",
+        parametrization: Parametrization = "cholesky",
+    ) -> None:
+        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init)
+        if parametrization not in get_args(Parametrization):
+            raise ReftuneError(
+                f"parametrization={parametrization!r}: must be one of {', '.join(get_args(Parametrization))}"
+            )
+        self.parametrization = parametrization
+        self._seen: object = None
+        if parametrization == "householder":
+            self.register_buffer("rotation", torch.empty(r, width))
+            self.register_buffer("basis", torch.empty(width, width), persistent=False)
+            self.reflectors = nn.Parameter(torch.empty(width, r))
+        else:
+            self.rotation = nn.Parameter(torch.empty(r, width))
+
+    @torch.no_grad()
+    def reset_rotation(self) -> None:
+        """**Draws a new rotation**, uniform over all: Gram-Schmidt of normal rows."""
+        self.rotation.normal_()
+        retract_(self.rotation)
+        self._seen = None
+        self.retract_()
+
+    def current_rotation(self, dtype: torch.dtype) -> Float[Tensor, "r width"]:
+        """R in `dtype`, orthonormal now, and differentiable with respect to what is trained."""
+        if self.parametrization == "householder":
+            self._follow_loaded_rotation()
+            return householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
+        self._retract_if_moved()
+        return orthonormal(self.rotation).to(dtype)
+
+    def retract_(self) -> None:
+        """**Makes `rotation` orthonormal now**, or what the reflectors stand for; idempotent."""
+        if self.parametrization == "householder":
+            self._follow_loaded_rotation()
+            if not self.rotation.is_meta:
+                with torch.no_grad():
+                    self.rotation.data.copy_(householder(self.reflectors, self.get_buffer("basis")))
+            return
+        retract_(self.rotation)
+        self._seen = self._identify()
+
+    def _retract_if_moved(self) -> None:
+        if torch.compiler.is_compiling():
+            if self.training:  # the graph then holds the retraction; Python state such as _seen is not for graphs
+                retract_(self.rotation)
+            return
+        if not isinstance(self.rotation, nn.Parameter):  # a stand-in of torch.func: not ours to write to
+            return
+        if self._seen != self._identify() or (self.training and self.rotation.requires_grad):
+            self.retract_()
+
+    def _follow_loaded_rotation(self) -> None:
+        """Whoever wrote `rotation` (load_state_dict, assign=True, a loader setting attributes) meant it: start there."""
+        if torch.compiler.is_compiling() or self.rotation.is_meta or self._seen == self._identify():
+            return
+        self.basis = complete_basis(self.rotation)
+        start = identity_reflectors(self.rotation)
+        if self.reflectors.is_meta or self.reflectors.device != start.device:
+            self.reflectors = nn.Parameter(start, requires_grad=self.reflectors.requires_grad)
+        else:
+            self.reflectors.data.copy_(start)
+        self._seen = self._identify()
+
+    def _identify(self) -> tuple[int, int]:
+        return id(self.rotation), -1 if self.rotation.is_inference() else self.rotation._version
+
+    def train(self, mode: bool = True) -> "RotatedEdit":
+        """As `nn.Module.train`; the first evaluation after training looks at the rotation once more."""
+        if self.parametrization == "cholesky":
+            self._seen = None
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.retract_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "reflectors", None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "rotation" in state_dict:
+            self._seen = None
+            if prefix + "reflectors" in missing_keys:
+                missing_keys.remove(prefix + "reflectors")
+
+    # `_seen` names one tensor object. Where a copy or a move makes new objects of the same values, it is renewed.
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "RotatedEdit":
+        in_sync = self.parametrization == "householder" and self._seen == self._identify()
+        super()._apply(*args, **kwargs)
+        self._seen = self._identify() if in_sync else None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        in_sync = self.parametrization == "householder" and self._seen == self._identify()
+        return {**self.__dict__, "_seen": _IN_SYNC if in_sync else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._seen == _IN_SYNC:
+            self._seen = self._identify()
