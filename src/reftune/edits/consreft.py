@@ -16,7 +16,8 @@ class ConsreftEdit(RotatedEdit):
     """h + R^T(b - Rh): whatever h reads within the r directions R, it reads the constant b from now on.
 
     `rotation` R is `r x width`, `bias` b is `r`. Arithmetic in float32 (float64 for a float64 h). It cannot start as
-    the identity, since no constant equals Rh for every h: `init` must be `"paper"`, b uniform in [0, 1). Source: pyreft.
+    the identity, since no constant equals Rh for every h: `init` must be `"paper"`, b uniform in [0, 1).
+    Source: pyreft.
 
     Raises:
         ReftuneError: `init="identity"`, or an activation function.

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reftune.edits.base import compute_dtype
+from reftune.edits.base import compute_dtype, without_autocast
 
 
 class FlatEdit(nn.Module):
@@ -33,7 +33,9 @@ class FlatEdit(nn.Module):
     def forward(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """The edited hidden state in the dtype of `h`."""
         tensors = {path: getattr(self, name) for name, path in self._paths.items()}
-        return torch.func.functional_call(self.__dict__["inner"], tensors, (h.to(compute_dtype(h)),)).to(h.dtype)
+        with without_autocast(h.device.type):
+            edited = torch.func.functional_call(self.__dict__["inner"], tensors, (h.to(compute_dtype(h)),))
+        return edited.to(h.dtype)
 
     def train(self, mode: bool = True) -> "FlatEdit":
         """As `nn.Module.train`, for the inner module too."""

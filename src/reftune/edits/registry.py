@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from reftune.edits.base import Edit
 from reftune.edits.flat import FlatEdit
 from reftune.errors import ReftuneError
 
@@ -27,7 +26,8 @@ def register_edit(*names: str) -> Callable[[_Class], _Class]:
     """A class decorator that makes an `nn.Module` available as `method=name`.
 
     The class is built as `Class(width, r)`, with whichever of `dropout`, `act_fn`, `init` and `parametrization` its
-    constructor names, and its `forward` takes hidden states `(..., width)` and returns them edited. Registering a class
+    constructor names, and its `forward` takes hidden states `(..., width)`, in the dtype of the base model unless it
+    derives from `Edit`, and returns them edited. Registering a class
     of the same module and name again (a notebook cell run twice) replaces it.
 
     Raises:
@@ -91,7 +91,7 @@ def make_edit(method: str | type[nn.Module], width: int, r: int, **options: Any)
         if name not in accepted and (name not in _DEFAULTS or value != _DEFAULTS[name]):
             raise ReftuneError(f"{name}={value!r}: {cls.__name__} takes no {name}; leave it out")
     edit = cls(width, r, **accepted)
-    return FlatEdit(edit) if not isinstance(edit, Edit) and any(True for _ in edit.children()) else edit
+    return FlatEdit(edit) if any(True for _ in edit.children()) else edit
 
 
 def _require_module_class(cls: Any) -> type[nn.Module]:

@@ -18,11 +18,11 @@ class RotatedEdit(Edit):
     """An edit with R, r orthonormal rows: the base class of LoReFT and its kin.
 
     - `parametrization="cholesky"`: `rotation` is the trained parameter. It is retracted lazily, at the start of a
-      forward and before it is saved, so that any optimiser in any trainer can step it. In training every forward looks, as some
-      optimisers (bitsandbytes, anything through `.data`) leave no trace in the version counter; in evaluation only a
-      rotation that has changed since is looked at.
-    - `parametrization="householder"`: what pyreft trains, for its training curve. `reflectors` is trained; `rotation` is
-      a buffer that holds the result when saved. A reload gives the same edit, and starts the reflectors afresh around it.
+      forward and before it is saved, so that any optimiser in any trainer can step it. In training every forward looks,
+      as some optimisers (bitsandbytes, anything through `.data`) leave no trace in the version counter; in evaluation
+      only a rotation that has changed since is looked at.
+    - `parametrization="householder"`: what pyreft trains, for its training curve. `reflectors` is trained; `rotation`
+      is a buffer that holds the result when saved. A reload gives the same edit, with new reflectors around it.
 
     Either way a checkpoint holds `rotation`, `r x width`, and nothing else about it.
     """
@@ -91,7 +91,7 @@ class RotatedEdit(Edit):
             self.retract_()
 
     def _follow_loaded_rotation(self) -> None:
-        """Whoever wrote `rotation` (load_state_dict, assign=True, a loader setting attributes) meant it: start there."""
+        """Whoever wrote `rotation` (load_state_dict, assign=True, any loader) meant it: start there."""
         if torch.compiler.is_compiling() or self.rotation.is_meta or self._seen == self._identify():
             return
         self.basis = complete_basis(self.rotation)
