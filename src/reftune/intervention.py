@@ -1,0 +1,144 @@
+"""The child module that a block carries: its adapters' edits, and their application to a hidden state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reftune.errors import ReftuneError
+from reftune.positions import NOTHING, Part, PositionPlan, Positions, Rows
+from reftune.sites import Site
+
+
+@dataclass
+class Placement:
+    """Where and when one adapter edits inside a block.
+
+    Attributes:
+        site: the hooked module and the channels the edit sees.
+        positions: the tokens it touches.
+        scale: factor on what the edit adds (1: as trained).
+    """
+
+    site: Site
+    positions: Positions
+    scale: float = 1.0
+
+
+class Intervention(nn.Module):
+    """The adapters' edits at one block, found there as ``block.intervention``.
+
+    It changes no module path and is never called itself: the engine's hooks call ``apply_at``. The containers are named
+    and nested as they are because PEFT finds, renames and deletes adapters by these names: every parameter is
+    ``intervention.reft_edits.<adapter>.<tensor>`` (``reft_suffix_edits`` for the second edit of an untied pair).
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("reft_edits", "reft_suffix_edits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reft_edits = nn.ModuleDict()
+        self.reft_suffix_edits = nn.ModuleDict()
+        self.placements: dict[str, Placement] = {}
+        self.plan: PositionPlan | None = NOTHING
+        self.carried = False
+        self._active_adapter: str | list[str] = []
+        self._disable_adapters = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plan": NOTHING}
+
+    def active_names(self) -> list[str]:
+        """Names of the adapters that edit here now, in order."""
+        if self._disable_adapters:
+            return []
+        names = [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+        return [name for name in names if name in self.placements]
+
+    def add(self, name: str, placement: Placement, edit: nn.Module, suffix_edit: nn.Module | None = None) -> None:
+        """Register an adapter's edit here; **changes this module**.
+
+        Args:
+            name: the adapter's name (no dots).
+            placement: where and when it edits.
+            edit: the edit, or the prefix's edit of an untied pair.
+            suffix_edit: the suffix's edit of an untied pair.
+        """
+        self.placements[name] = placement
+        self.reft_edits[name] = edit
+        if suffix_edit is not None:
+            self.reft_suffix_edits[name] = suffix_edit
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; **changes this module**."""
+        self.placements.pop(name, None)
+        for container in (self.reft_edits, self.reft_suffix_edits):
+            if name in container:
+                del container[name]
+
+    def activate(self, name: str) -> None:
+        """Let an adapter edit after those that already do; **changes this module**."""
+        self._active_adapter = [*self.active_names(), name]
+
+    def parts(self, name: str) -> list[tuple[Part, nn.Module]]:
+        """An adapter's edits here, each with the half of the positions that it serves."""
+        if name in self.reft_suffix_edits:
+            return [("prefix", self.reft_edits[name]), ("suffix", self.reft_suffix_edits[name])]
+        return [("both", self.reft_edits[name])]
+
+    def apply_at(self, module_path: str, side: str, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Edit a hidden state passing (module_path, side), at the rows of the current plan.
+
+        Args:
+            module_path, side: the hooked place.
+            hidden: (..., channels); its leading dimensions hold batch * sequence tokens.
+
+        Returns:
+            The edited tensor, of the same shape, dtype and device; the very same tensor when nothing is edited.
+        """
+        if self.plan is NOTHING:
+            return hidden
+        for name in self.active_names():
+            placement = self.placements[name]
+            if placement.site.module_path != module_path or placement.site.side != side:
+                continue
+            for part, edit in self.parts(name):
+                rows = self.plan.rows(placement.positions, part, hidden)
+                if rows is not None:
+                    hidden = edit_rows(hidden, edit, rows, placement.site.columns, placement.scale)
+        return hidden
+
+
+def edit_rows(
+    hidden: Float[Tensor, "..."],
+    edit: nn.Module,
+    rows: Rows,
+    columns: range | tuple[int, ...] | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "..."]:
+    """Gather rows, edit them, and put them back; every other row keeps its bits.
+
+    Args:
+        hidden: (..., channels).
+        edit: maps (rows, width) to (rows, width).
+        rows: flat token indices, or ``EVERY_ROW``.
+        columns: the channels that the edit sees; None: all.
+        scale: factor on what the edit adds.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    before = flat.index_select(0, rows) if isinstance(rows, Tensor) else flat
+    index = None if columns is None else torch.tensor(columns, device=hidden.device)
+    seen = before if index is None else before.index_select(-1, index)
+    after = edit(seen)
+    if after.shape != seen.shape:
+        raise ReftuneError(f"An edit returned shape {tuple(after.shape)} for an input of shape {tuple(seen.shape)}.")
+    if scale != 1.0:
+        after = seen + scale * (after - seen)
+    after = after.to(before.dtype)
+    if index is not None:
+        after = before.index_copy(-1, index, after)
+    return (flat.index_copy(0, rows, after) if isinstance(rows, Tensor) else after).view_as(hidden)

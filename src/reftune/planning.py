@@ -1,0 +1,203 @@
+"""One plan a forward: reads each forward of a model, remembers what ``generate`` was given, and hands out plans."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from reftune.errors import ReftuneError
+from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
+from reftune.positions import NOTHING, PositionPlan, Positions, PromptMemory, check_mask, read_layout
+
+CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask")
+"""Arguments of ours that any forward takes; they are taken out before the model sees them."""
+
+TWO_FORWARDS = (
+    "Two forwards await one backward under gradient checkpointing, with an edit inside the block, on a model that does not "
+    "hand keyword arguments to its attention: the rows of the first can no longer be told. Run backward after each "
+    "forward, switch gradient checkpointing off, or use component='block_output'."
+)
+
+
+@dataclass
+class _Call:
+    """A forward under way: the module that began it, and the plan of each of its stacks."""
+
+    module: nn.Module
+    with_grad: bool
+    plans: dict[str, PositionPlan | None] = field(default_factory=dict)
+    counted: bool = False
+
+
+class Planner:
+    """Makes the plan of every forward of one model.
+
+    Args:
+        model: the root module.
+        active_positions: gives the positions of the adapters that edit now, by adapter.
+    """
+
+    def __init__(self, model: nn.Module, active_positions: Callable[[], dict[str, Positions]]):
+        self.model = model
+        self.active_positions = active_positions
+        self._awaiting_backward = 0
+        self._recomputed = False
+        self._calls: list[_Call] = []
+        self._memories: list[PromptMemory] = []
+        self._first_edited: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "active_positions": self.active_positions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    # Forwards
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model is under way (otherwise a hook that runs belongs to a recomputation)."""
+        return bool(self._calls)
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Begin a forward of the root, or of a stack that is called by itself: take our arguments out and plan.
+
+        Returns:
+            ``args`` and ``kwargs`` without ``CALL_ARGUMENTS``.
+        """
+        call = _Call(module, torch.is_grad_enabled())
+        self._calls.append(call)
+        ours = {name: kwargs[name] for name in CALL_ARGUMENTS if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
+        active = self.active_positions()
+        if active:
+            arguments = bind(module, args, kwargs)
+            for stack, role in self._roles(module).items():
+                call.plans[stack] = self._plan(module, arguments, role, active, **ours)
+        return args, kwargs
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """End the forward that ``enter`` began for this module, whether it returned or raised."""
+        if self._calls and self._calls[-1].module is module:
+            self._calls.pop()
+
+    def plan_of(self, stack: str) -> PositionPlan | None:
+        """The current forward's plan for a stack (a stack of another kind than the root's tokens gets the whole row)."""
+        plans = self._calls[-1].plans if self._calls else {}
+        return plans.get(stack, plans.get("", NOTHING))
+
+    def _roles(self, module: nn.Module) -> dict[str, Role]:
+        if not is_encoder_decoder(self.model):
+            return {"": "only"}
+        if module is self.model:
+            return {"encoder": "encoder", "decoder": "decoder"}
+        return {"": "encoder"}  # transformers' generate runs the encoder by itself, once
+
+    def _plan(
+        self,
+        module: nn.Module,
+        arguments: dict[str, Any],
+        role: Role,
+        active: dict[str, Positions],
+        prompt_lengths: Any = None,
+        intervention_mask: Any = None,
+    ) -> PositionPlan | None:
+        memory = self._memories[-1] if self._memories else None
+        if memory is not None and role != "encoder":
+            found = token_arguments(arguments, role, module, needs_prompt=False)
+            if found is None:
+                return NOTHING
+            return memory.plan(found["batch"], found["sequence"], found["past_length"], active, found["device"])
+        if memory is not None:
+            intervention_mask = memory.encoder_mask
+        keep_empty = module.training and torch.is_grad_enabled()
+        needs_prompt = intervention_mask is None and any(positions.needs_prompt for positions in active.values())
+        settled = prompt_lengths is not None
+        found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
+        if found is None:
+            return PositionPlan(None, None, keep_empty)
+        found["needs_prompt"] = needs_prompt
+        if intervention_mask is not None and role != "decoder":
+            mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
+            return PositionPlan(None, mask, keep_empty)
+        layout = read_layout(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
+        return PositionPlan(layout, None, keep_empty)
+
+    # Recomputation in backward, where a model does not hand the plan down
+
+    def edit_without_carried_plan(self) -> None:
+        """Note an edit inside a block whose plan did not come as a keyword argument.
+
+        Raises:
+            ReftuneError: it is a recomputation, and more than one checkpointed forward awaits its backward.
+        """
+        if not self._calls:
+            self._recomputed = True
+            if self._awaiting_backward > 1:
+                raise ReftuneError(TWO_FORWARDS)
+            return
+        call = self._calls[-1]
+        if call.counted or not call.with_grad or not getattr(self.model, "is_activation_checkpointing", False):
+            return
+        call.counted = True
+        self._awaiting_backward = 1 if self._recomputed else self._awaiting_backward + 1
+        self._recomputed = False
+
+    # Generation
+
+    def generate(self, *args: Any, intervention_mask: Any = None, **kwargs: Any) -> Any:
+        """Run the model's own ``generate``, remembering where the prompts end.
+
+        Args:
+            args, kwargs: as for ``transformers.GenerationMixin.generate``.
+            intervention_mask: (batch, length), bool: the prompt tokens to edit, in place of the adapters' positions (of
+                an encoder-decoder: the encoder's tokens).
+
+        Raises:
+            ReftuneError: a cache was passed in which earlier turns edited tokens that can no longer be recomputed.
+        """
+        base_generate = type(self.model).generate
+        active = self.active_positions()
+        if not active:
+            return base_generate(self.model, *args, **kwargs)
+        attended, past, device = generation_prompt(self.model, args, kwargs)
+        memory = PromptMemory(attended.to(device))
+        if intervention_mask is not None and is_encoder_decoder(self.model):
+            memory.encoder_mask = torch.as_tensor(intervention_mask, device=device) != 0
+        elif intervention_mask is not None:
+            memory.mask = check_mask(intervention_mask, *attended.shape, device)
+        cache = kwargs.get("past_key_values")
+        if past:
+            self._rewind(cache, past, memory, active, args, kwargs)
+        self._memories.append(memory)
+        try:
+            result = base_generate(self.model, *args, **kwargs)
+        finally:
+            self._memories.pop()
+        for kept in (cache, getattr(result, "past_key_values", None)):
+            if kept is not None and memory.first_edited is not None:
+                self._first_edited[kept] = memory.first_edited
+        return result
+
+    def _rewind(
+        self, cache: Any, past: int, memory: PromptMemory, active: dict[str, Positions], args: Any, kwargs: Any
+    ) -> None:
+        """Crop a conversation's cache to the first token that an earlier turn edited or that this one edits."""
+        memory.plan(memory.attended.shape[0], memory.attended.shape[1], 0, active, memory.attended.device)
+        keep = min(past, self._first_edited.pop(cache, past), past if memory.first_edited is None else memory.first_edited)
+        memory.first_edited = None
+        if keep == past:
+            return
+        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if tokens is None or tokens.shape[1] != memory.attended.shape[1] or not hasattr(cache, "crop"):
+            raise ReftuneError(
+                f"The cache passed to generate holds {past} tokens, but from token {keep} on they must be computed again: "
+                "only the newest prompt is edited. Pass the whole conversation's input_ids with the cache, or no cache."
+            )
+        cache.crop(keep)

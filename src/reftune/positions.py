@@ -1,0 +1,423 @@
+"""Which tokens an edit touches: the grammar of positions, and its one reading of padding, caches, packing and labels.
+
+The words used here, and everywhere else in the library:
+
+- **attended token**: a token that the attention mask keeps. Padding is never counted and never edited.
+- **ordinal**: a token's index among the attended tokens of its row (or of its document, in packed rows), those already
+  in the key-value cache included. Positions are decided on ordinals, never on a tensor's sequence dimension, which is
+  why padding side, batch, cache and chunking cannot change what is edited.
+- **prompt length** ``n``: how many attended tokens of the row belong to the prompt. The last prompt token is ``l1``.
+
+Grammar (``parse_positions``): ``fN`` the first N prompt tokens, ``lN`` the last N, ``fA+lB`` both, ``prompt`` every prompt
+token, ``all`` every token, generated ones included. A prompt of n tokens gives ``fA+lB`` the prefix ``min(A, n // 2)`` and
+the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited twice by one edit, and no
+response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section 3.3, with the short-prompt rule
+made exact.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from reftune.errors import ReftuneError
+
+Part = Literal["both", "prefix", "suffix"]
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A parsed position string.
+
+    Attributes:
+        text: the string as given, normalised (``"f7+l7"``).
+        kind: ``"ends"`` for a prefix and/or suffix of the prompt, ``"prompt"`` or ``"all"``.
+        prefix: number of tokens asked for at the prompt's start (0: none).
+        suffix: number of tokens asked for at the prompt's end (0: none).
+    """
+
+    text: str
+    kind: Literal["ends", "prompt", "all"]
+    prefix: int = 0
+    suffix: int = 0
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the prompt's end must be known (false for ``all`` alone)."""
+        return self.kind != "all"
+
+    @property
+    def has_two_ends(self) -> bool:
+        """Whether there is a prefix and a suffix, which may then have an edit each (``share_weights=False``)."""
+        return self.prefix > 0 and self.suffix > 0
+
+    def counts(self, prompt_length: Int[Tensor, "..."]) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
+        """Prefix and suffix sizes that prompts of these lengths give (the short-prompt rule of the module docstring)."""
+        prefix = (prompt_length // 2 if self.has_two_ends else prompt_length).clamp(max=self.prefix)
+        suffix = (prompt_length - prefix).clamp(max=self.suffix)
+        return prefix, suffix
+
+    def ordinals(self, prompt_length: int, total: int | None = None) -> set[int]:
+        """The edited ordinals of one row of ``total`` attended tokens, for display and for tests."""
+        total = prompt_length if total is None else total
+        if self.kind == "all":
+            return set(range(total))
+        if self.kind == "prompt":
+            return set(range(prompt_length))
+        prefix, suffix = (int(count) for count in self.counts(torch.tensor(prompt_length)))
+        return set(range(prefix)) | set(range(prompt_length - suffix, prompt_length))
+
+
+def parse_positions(text: str) -> Positions:
+    """Read a position string.
+
+    Args:
+        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"`` or ``"all"``; spaces and capitals do not matter.
+
+    Raises:
+        ReftuneError: the string does not parse, or asks for zero tokens.
+    """
+    if isinstance(text, Positions):
+        return text
+    compact = re.sub(r"\s+", "", str(text)).lower()
+    if compact in ("prompt", "all"):
+        return Positions(compact, compact)  # type: ignore[arg-type]
+    match = re.fullmatch(r"(?:f(?P<prefix>\d+))?(?P<plus>\+)?(?:l(?P<suffix>\d+))?", compact)
+    sides = match and [match["prefix"], match["suffix"]]
+    if not match or not any(sides or ()) or bool(match["plus"]) != all(sides or ()) or "0" in map(_plain, sides or ()):
+        raise ReftuneError(
+            f"positions={text!r} does not parse. Write fN (the first N prompt tokens), lN (the last N), fA+lB (both), "
+            "prompt (every prompt token) or all (generated tokens too); for example 'l1' or 'f7+l7'."
+        )
+    return Positions(compact, "ends", int(match["prefix"] or 0), int(match["suffix"] or 0))
+
+
+def _plain(number: str | None) -> str | None:
+    return None if number is None else str(int(number))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What one forward says about its tokens.
+
+    Attributes:
+        attended: which of the forward's tokens the mask keeps, (batch, sequence).
+        ordinal: their ordinals, (batch, sequence); meaningless where not attended.
+        prompt_length: prompt length of the row or document that a token belongs to, (batch, 1) or (batch, sequence);
+            None when no active position needs it.
+    """
+
+    attended: Bool[Tensor, "batch sequence"]
+    ordinal: Int[Tensor, "batch sequence"]
+    prompt_length: Int[Tensor, "batch _"] | None
+
+    def selected(self, positions: Positions, part: Part = "both") -> Bool[Tensor, "batch sequence"]:
+        """The tokens that an edit at ``positions`` touches (``part``: of an untied pair, the prefix or the suffix)."""
+        if positions.kind == "all":
+            return self.attended
+        assert self.prompt_length is not None
+        in_prompt = self.attended & (self.ordinal < self.prompt_length)
+        if positions.kind == "prompt":
+            return in_prompt
+        prefix, suffix = positions.counts(self.prompt_length)
+        in_prefix = self.ordinal < prefix
+        in_suffix = self.ordinal >= self.prompt_length - suffix
+        chosen = {"both": in_prefix | in_suffix, "prefix": in_prefix, "suffix": in_suffix}[part]
+        return in_prompt & chosen
+
+
+def whole_rows(batch: int, sequence: int, device: torch.device) -> TokenLayout:
+    """The layout of an unpadded input that is all prompt (an image's patches, an encoder's row)."""
+    attended = torch.ones(batch, sequence, dtype=torch.bool, device=device)
+    ordinal = torch.arange(sequence, device=device).expand(batch, sequence)
+    return TokenLayout(attended, ordinal, torch.full((batch, 1), sequence, device=device))
+
+
+EVERY_ROW = "every row"
+Rows = Tensor | Literal["every row"] | None
+
+
+class PositionPlan:
+    """What one forward edits: immutable, made once a forward and handed down to every site.
+
+    Rows are indices into the tokens of the hidden state flattened to (batch * sequence, hidden), so that sites whose
+    tensors a model reshapes (OPT, mixtures of experts) read them alike. They are found once for each distinct position
+    and reused by every layer.
+
+    Args:
+        layout: the forward's tokens; None where the model has no token input (images), then read from the hidden state.
+        mask: a caller's ``intervention_mask`` (batch, sequence), which replaces every adapter's positions.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout | None,
+        mask: Bool[Tensor, "batch sequence"] | None = None,
+        keep_empty: bool = False,
+    ):
+        self._layout = layout
+        self._mask = mask
+        self._keep_empty = keep_empty
+        self._rows: dict[tuple[Positions, Part, torch.device], Rows] = {}
+
+    def rows(self, positions: Positions, part: Part, hidden: Tensor) -> Rows:
+        """Flat token indices to edit, ``EVERY_ROW`` when that is all of them, None when there are none.
+
+        Args:
+            positions: an edit's positions.
+            part: ``"both"``, or the half of an untied pair.
+            hidden: the tensor about to be edited, (..., hidden), with batch * sequence rows.
+
+        Raises:
+            ReftuneError: the tensor does not hold this forward's tokens.
+        """
+        key = (positions, part, hidden.device)
+        if key not in self._rows:
+            self._rows[key] = self._find(positions, part, hidden)
+        return self._rows[key]
+
+    def _find(self, positions: Positions, part: Part, hidden: Tensor) -> Rows:
+        selected = self._mask
+        if selected is None:
+            layout = self._layout or whole_rows(hidden.shape[0], hidden.shape[1], hidden.device)
+            selected = layout.selected(positions, part)
+        tokens = hidden.numel() // hidden.shape[-1]
+        if selected.numel() != tokens:
+            raise ReftuneError(
+                f"This forward has {tuple(selected.shape)} tokens but the edited tensor holds {tokens}: the model changes "
+                "the sequence between its input and this site. Pass intervention_mask (batch, sequence) for that site."
+            )
+        rows = selected.flatten().nonzero().squeeze(-1).to(hidden.device)
+        if len(rows) == tokens:
+            return EVERY_ROW
+        return rows if len(rows) or self._keep_empty else None
+
+
+NOTHING: PositionPlan | None = None  # the plan of a decode step: sites return at once
+
+
+def read_layout(
+    *,
+    batch: int,
+    sequence: int,
+    device: torch.device,
+    past_length: int = 0,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    document_starts: Int[Tensor, "_"] | None = None,
+    labels: Tensor | None = None,
+    label_offset: int = 0,
+    prompt_lengths: Any = None,
+    needs_prompt: bool = True,
+    must_know_prompt: str | None = None,
+) -> TokenLayout:
+    """Read one forward's tokens from its arguments.
+
+    Args:
+        batch, sequence, device: of the forward's tokens.
+        past_length: tokens per row already in the cache.
+        attention_mask: 2-D (batch, past + sequence) or None (everything attended).
+        position_ids: used to find the documents of packed rows (several zeros in a row).
+        document_starts: cumulative lengths of packed documents (``cu_seq_lens_q``), which settle them outright.
+        labels: (batch, sequence) of a causal language model; the prompt ends before the first supervised one.
+        label_offset: 1 for a decoder whose input i predicts label i (encoder-decoder), 0 where label i is token i.
+        prompt_lengths: (batch,), or (documents,) in packed rows; settles the prompt outright.
+        needs_prompt: whether any active position needs the prompt's end.
+        must_know_prompt: when not None, having neither labels nor lengths is an error, and this says where; None means
+            that every attended token is prompt.
+
+    Raises:
+        ReftuneError: a mask or lengths of a wrong shape, an unknown prompt end, or an empty prompt in training.
+    """
+    attended_all = _attended(attention_mask, batch, past_length, sequence, device)
+    attended = attended_all[:, past_length:]
+    ordinal = attended_all.cumsum(-1)[:, past_length:] - 1
+    documents = None
+    if past_length == 0:
+        documents = _documents(document_starts, position_ids, attended)
+    if documents is not None:
+        columns = torch.arange(sequence, device=device)
+        starts = torch.where(documents, columns, 0).cummax(-1).values
+        ordinal = columns - starts
+    if not needs_prompt:
+        return TokenLayout(attended, ordinal, None)
+
+    if prompt_lengths is not None:
+        count = batch if documents is None else int(documents.sum())
+        lengths = _check_lengths(prompt_lengths, count, device)
+        if documents is not None:
+            return TokenLayout(attended, ordinal, lengths[documents.flatten().cumsum(0) - 1].view(batch, sequence))
+        return TokenLayout(attended, ordinal, lengths.view(batch, 1))
+    if past_length > 0:
+        raise ReftuneError(
+            "A forward that continues a key-value cache does not say where its prompt ended. Generate with "
+            "model.generate(...), or pass prompt_lengths (batch,) to every forward of the loop."
+        )
+    if labels is None:
+        if must_know_prompt is not None:
+            raise ReftuneError(must_know_prompt)
+        if documents is None:
+            return TokenLayout(attended, ordinal, attended_all.sum(-1, keepdim=True))
+        supervised = torch.zeros_like(attended)
+    else:
+        if tuple(labels.shape) != (batch, sequence):
+            raise ReftuneError(f"labels have shape {tuple(labels.shape)}, the tokens {(batch, sequence)}.")
+        supervised = labels.to(device) != IGNORED_LABEL
+    lengths = _lengths_from_labels(supervised, attended, ordinal, documents, label_offset)
+    if must_know_prompt is not None and bool((lengths == 0).any()):
+        raise ReftuneError(
+            "A row has an empty prompt: its first token is already supervised, so a prompt position edits nothing there. "
+            "Train on completions only (labels of the prompt set to -100; in TRL completion_only_loss=True with "
+            "prompt/completion data), pass prompt_lengths, or use positions='all'."
+        )
+    return TokenLayout(attended, ordinal, lengths)
+
+
+def _attended(mask: Any, batch: int, past: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch length"]:
+    if mask is None:
+        return torch.ones(batch, past + sequence, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ReftuneError(
+            f"attention_mask of shape {shape}: positions are read from a 2-D mask (batch, sequence). Pass that one, or "
+            "an intervention_mask (batch, sequence)."
+        )
+    mask = mask.to(device) != 0
+    if mask.shape[1] == sequence and past:
+        mask = torch.cat([mask.new_ones(batch, past), mask], dim=1)
+    if mask.shape[0] != batch or mask.shape[1] < past + sequence:
+        raise ReftuneError(f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, past + sequence)}.")
+    return mask[:, : past + sequence]
+
+
+def _documents(
+    document_starts: Tensor | None, position_ids: Tensor | None, attended: Tensor
+) -> Bool[Tensor, "batch sequence"] | None:
+    """Where the documents of packed rows begin; None when rows are not packed."""
+    batch, sequence = attended.shape
+    if document_starts is not None:
+        starts = torch.zeros(batch * sequence, dtype=torch.bool, device=attended.device)
+        cumulative = document_starts.to(attended.device).long()
+        starts[cumulative[cumulative < batch * sequence]] = True
+        return starts.view(batch, sequence)
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[-1] != sequence:
+        return None
+    starts = (position_ids.to(attended.device) == 0).expand(batch, sequence)
+    if not bool(attended.all()) or not bool((starts.sum(-1) > 1).any()):
+        return None
+    starts = starts.clone()
+    starts[:, 0] = True
+    return starts
+
+
+def _lengths_from_labels(
+    supervised: Tensor, attended: Tensor, ordinal: Tensor, documents: Tensor | None, offset: int
+) -> Int[Tensor, "batch _"]:
+    """Attended tokens before the first supervised label of each row or document (all of them where there is none)."""
+    supervised = supervised & attended
+    beyond = torch.iinfo(torch.long).max
+    first = torch.where(supervised, ordinal + offset, beyond)
+    if documents is None:
+        return torch.minimum(first.min(-1, keepdim=True).values, attended.sum(-1, keepdim=True))
+    batch, sequence = attended.shape
+    document = documents.flatten().cumsum(0) - 1
+    count = int(document[-1]) + 1
+    firsts = first.new_full((count,), beyond).scatter_reduce(0, document, first.flatten(), "amin")
+    sizes = torch.bincount(document, minlength=count)
+    return torch.minimum(firsts, sizes)[document].view(batch, sequence)
+
+
+def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor, "count"]:
+    lengths = torch.as_tensor(lengths, device=device)
+    if lengths.is_floating_point() or lengths.ndim != 1 or lengths.shape[0] != count:
+        raise ReftuneError(
+            f"prompt_lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}: it takes one integer for each of "
+            f"the {count} rows (or packed documents), the number of attended prompt tokens."
+        )
+    return lengths.long()
+
+
+def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
+    """Check a caller's ``intervention_mask``: (batch, sequence), true where the edit applies."""
+    mask = torch.as_tensor(mask, device=device)
+    if tuple(mask.shape) != (batch, sequence):
+        raise ReftuneError(
+            f"intervention_mask has shape {tuple(mask.shape)}, expected (batch, sequence) = {(batch, sequence)}."
+        )
+    return mask != 0
+
+
+@dataclass
+class PromptMemory:
+    """What ``generate`` was given, kept for its forwards: decode steps, chunks, candidates and beams have no other source.
+
+    Attributes:
+        attended: the prompt's mask, (batch, length).
+        mask: an ``intervention_mask`` over the prompt, or None.
+        encoder_mask: the same over an encoder-decoder's encoder input.
+        first_edited: the first cache column that an edit touched so far (a later turn re-prefills from there).
+    """
+
+    attended: Bool[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"] | None = None
+    encoder_mask: Bool[Tensor, "batch sequence"] | None = None
+    first_edited: int | None = field(default=None, init=False)
+
+    def is_past(self, past_length: int) -> bool:
+        """Whether a forward after ``past_length`` cached tokens holds generated tokens only."""
+        return past_length >= self.attended.shape[1]
+
+    def plan(
+        self, batch: int, sequence: int, past_length: int, active: Mapping[str, Positions], device: torch.device
+    ) -> PositionPlan | None:
+        """The plan of one forward inside ``generate``; rows are repeated for beams and return sequences.
+
+        Args:
+            batch, sequence: of the forward's tokens; ``batch`` is a multiple of the prompt's.
+            past_length: tokens in the cache before it.
+            active: positions of the active adapters.
+            device: of the forward's tokens.
+        """
+        if self.is_past(past_length) and (self.mask is not None or all(p.needs_prompt for p in active.values())):
+            return NOTHING
+        rows, length = self.attended.shape
+        if batch % rows:
+            raise ReftuneError(f"generate began with {rows} rows and now runs {batch}: positions cannot be kept.")
+        total = past_length + sequence
+
+        def grown(mask: Tensor, fill: bool) -> Tensor:
+            mask = mask.to(device).repeat_interleave(batch // rows, dim=0)
+            if total > length:
+                mask = torch.cat([mask, mask.new_full((batch, total - length), fill)], dim=1)
+            return mask[:, :total]
+
+        attended = grown(self.attended, True)
+        lengths = self.attended.sum(-1).to(device).repeat_interleave(batch // rows)
+        layout = read_layout(
+            batch=batch,
+            sequence=sequence,
+            device=device,
+            past_length=past_length,
+            attention_mask=attended,
+            prompt_lengths=lengths,
+        )
+        mask = None if self.mask is None else grown(self.mask, False)[:, past_length:]
+        self._remember_first_edit(layout, mask, past_length, active)
+        return PositionPlan(layout, mask)
+
+    def _remember_first_edit(
+        self, layout: TokenLayout, mask: Tensor | None, past_length: int, active: Mapping[str, Positions]
+    ) -> None:
+        if self.first_edited is not None or not active:
+            return
+        selected = [mask] if mask is not None else [layout.selected(positions) for positions in active.values()]
+        columns = torch.stack(selected).any(0).any(0).nonzero()
+        if len(columns):
+            self.first_edited = past_length + int(columns[0])
