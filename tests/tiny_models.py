@@ -16,6 +16,12 @@ HEADS = 4
 IMAGE_TOKEN = 96
 """The placeholder id of the vision-language model; never used as a text token."""
 
+
+def _more(**options: Any) -> dict[str, Any]:
+    """Options that configs take through their keyword arguments, which a type checker does not see."""
+    return options
+
+
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -37,7 +43,6 @@ _BERT_LIKE: dict[str, Any] = {
     "max_position_embeddings": 64,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    "num_labels": 3,
     **_IDS,
 }
 _VIT_LIKE: dict[str, Any] = {
@@ -57,10 +62,13 @@ def _build(model_class: type[PreTrainedModel], config: tf.PretrainedConfig) -> P
         torch.manual_seed(0)
         # from_config (not the constructor) applies dtype and attention implementation as from_pretrained would.
         model = model_class._from_config(config, dtype=torch.float32)
-        # Biases start at zero, norms at one: random ones make a wrong column or a forgotten term visible.
+        # The usual small initialisation makes attention uniform, biases zero and norms one, so that a wrong column, a
+        # swapped query and key or a forgotten term would hardly show.
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, 1.0 if "norm" in name or "ln_" in name else 0.0, 0.1)
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in name.lower() or "ln_" in name else 0.0, 0.1)
+            else:
+                torch.nn.init.normal_(parameter, 0.0, 0.2)
     return model.eval()
 
 
@@ -145,7 +153,7 @@ def _mixtral() -> PreTrainedModel:
 
 
 def _qwen3_moe() -> PreTrainedModel:
-    return _build(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**_LLAMA_LIKE, **_MOE, head_dim=12))
+    return _build(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**_LLAMA_LIKE, **_MOE, **_more(head_dim=12)))
 
 
 def _gpt_oss() -> PreTrainedModel:
@@ -159,7 +167,7 @@ def _gpt_oss() -> PreTrainedModel:
 def _distilbert() -> PreTrainedModel:
     config = tf.DistilBertConfig(
         vocab_size=VOCAB, dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, max_position_embeddings=64,
-        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=3, pad_token_id=0,
+        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, **_more(num_labels=3), pad_token_id=0,
     )  # fmt: skip
     return _build(tf.DistilBertForSequenceClassification, config)
 
@@ -167,15 +175,18 @@ def _distilbert() -> PreTrainedModel:
 def _modernbert() -> PreTrainedModel:
     config = tf.ModernBertConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, max_position_embeddings=64, local_attention=4, global_attn_every_n_layers=2,
-        num_labels=3, cls_token_id=1, sep_token_id=2, **_IDS,
+        num_attention_heads=HEADS, max_position_embeddings=64, local_attention=4,
+        **_more(num_labels=3, global_attn_every_n_layers=2), cls_token_id=1, sep_token_id=2, **_IDS,
     )  # fmt: skip
     return _build(tf.ModernBertForSequenceClassification, config)
 
 
 def _deberta_v2() -> PreTrainedModel:
     config = tf.DebertaV2Config(
-        **_BERT_LIKE, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, norm_rel_ebd="layer_norm"
+        **_BERT_LIKE,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        **_more(num_labels=3, position_buckets=8, norm_rel_ebd="layer_norm"),
     )
     return _build(tf.DebertaV2ForSequenceClassification, config)
 
@@ -183,7 +194,8 @@ def _deberta_v2() -> PreTrainedModel:
 def _t5() -> PreTrainedModel:
     config = tf.T5Config(
         vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=HEADS,
-        dropout_rate=0.0, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+        dropout_rate=0.0, pad_token_id=0, eos_token_id=2,
+        **_more(decoder_start_token_id=0),
     )  # fmt: skip
     return _build(tf.T5ForConditionalGeneration, config)
 
@@ -198,7 +210,7 @@ def _bart() -> PreTrainedModel:
 
 
 def _vit() -> PreTrainedModel:
-    config = tf.ViTConfig(**_VIT_LIKE, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = tf.ViTConfig(**_VIT_LIKE, **_more(num_labels=3), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return _build(tf.ViTForImageClassification, config)
 
 
@@ -237,8 +249,10 @@ CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_oss": _gpt_oss,
 }
 ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "bert": lambda: _build(tf.BertForSequenceClassification, tf.BertConfig(**_BERT_LIKE)),
-    "roberta": lambda: _build(tf.RobertaForSequenceClassification, tf.RobertaConfig(**_BERT_LIKE)),
+    "bert": lambda: _build(tf.BertForSequenceClassification, tf.BertConfig(**_BERT_LIKE, **_more(num_labels=3))),
+    "roberta": lambda: _build(
+        tf.RobertaForSequenceClassification, tf.RobertaConfig(**_BERT_LIKE, **_more(num_labels=3))
+    ),
     "distilbert": _distilbert,
     "modernbert": _modernbert,
     "deberta_v2": _deberta_v2,

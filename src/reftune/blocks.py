@@ -1,8 +1,8 @@
 """What one transformer block consists of: its attention, its projections, its feed-forward; found by structure.
 
-Projections are told by the usual names of their *role* (`q_proj`, `query`, `q_lin`), never by the model's name, with two
-small tables for what structure cannot tell: how a fused projection orders queries, keys and values, and which classes
-depart from it.
+Projections are told by the usual names of their *role* (`q_proj`, `query`, `q_lin`), never by the model's name, with
+two small tables for what structure cannot tell: how a fused projection orders queries, keys and values, and which
+classes depart from that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import nn
 
 from reftune.errors import ReftuneError
@@ -70,10 +71,11 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
         features = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(n, int) for n in features):
             return features  # pyright: ignore[reportReturnType]
-    for name in ("base_layer", "linear"):
-        if isinstance(inner := getattr(module, name, None), nn.Module):
-            return linear_features(inner)
-    return None
+    # An adapter's wrapper, and the clipping one of some quantisation-aware models.
+    inner = getattr(module, "base_layer", None)
+    if inner is None and type(module).__name__.endswith("Linear"):
+        inner = getattr(module, "linear", None)
+    return linear_features(inner) if isinstance(inner, nn.Module) else None
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -101,6 +103,23 @@ def projection_roles(module: nn.Module) -> dict[str, str]:
     if "qkv" in roles and "q" in roles:  # GPT-2's cross-attention keeps keys and values in `c_attn`
         roles["kv"] = roles.pop("qkv")
     return roles
+
+
+def leaf_channels(module: nn.Module, side: Literal["input", "output"]) -> int | None:
+    """Channels of a linear layer, a norm, or the output of an embedding; None for every other module."""
+    if (features := linear_features(module)) is not None:
+        return features[side == "output"]
+    if isinstance(width := getattr(module, "embedding_dim", None), int):
+        return width if side == "output" else None
+    if isinstance(shape := getattr(module, "normalized_shape", None), tuple):
+        return shape[-1]
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 1 else None
+
+
+def is_parameterless_activation(path: str, module: nn.Module) -> bool:
+    """Whether this is the non-linearity of a feed-forward, by its usual names."""
+    return "act" in re.split(r"[._]|ivation", path.rpartition(".")[2]) and not any(True for _ in module.parameters())
 
 
 def join(*parts: str) -> str:
@@ -244,8 +263,8 @@ class Block:
 
         The second is the down projection, or the whole module of a mixture of experts.
         """
-        mixtures = [p for p, m in self.modules.items() if isinstance(getattr(m, "experts", None), nn.Module)]
-        linears = self._linears_outside_attention([m for m in mixtures if m])
+        mixtures = [p for p, m in self.modules.items() if p and isinstance(getattr(m, "experts", None), nn.Module)]
+        linears = self._linears_outside_attention(mixtures)
         width = self.width()
         downs = [p for p, (_, o) in linears.items() if o == width and any(_ends_with(p, name) for name in _DOWN)]
         downs = downs or [p for p, (i, o) in linears.items() if o == width and i != width]
@@ -265,6 +284,35 @@ class Block:
         if not ups or not reader:
             raise MissingError("its feed-forward has no single input: name one by a module path")
         return reader, down
+
+    def channels(self, path: str, side: Literal["input", "output"]) -> int:
+        """Channels of the first tensor that the module at `path` reads or yields.
+
+        Raises:
+            MissingError: The module works on something else than one vector per token, or its width is not known.
+        """
+        module = self.modules[""].get_submodule(path)
+        if not path:
+            return self.width()
+        if re.search(r"(^|\.)experts(\.|$)", path):
+            raise MissingError(f"in {path!r} the tokens are regrouped by expert")
+        if (width := leaf_channels(module, side)) is not None:
+            attention = self.attention_or_none()
+            whole = {n for role in self.roles().values() for n in self.features(role)} if attention else set()
+            if attention and parent(path) == attention and width not in whole:
+                raise MissingError(f"{path!r} works on each head by itself")
+            return width
+        if path == self.attention_or_none():
+            down = self.output_projection()
+            return self.attention_width() if side == "input" else self.features(down)[int(inside(down, path))]
+        if is_parameterless_activation(path, module):
+            return self.features(self.feed_forward()[1])[0]
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            return self.width()
+        linears = [f for p, m in self.modules.items() if inside(p, path) and (f := linear_features(m))]
+        if linears:
+            return linears[0][0] if side == "input" else linears[-1][1]
+        raise MissingError(f"the width of {path!r} ({type(module).__name__}) is not known")
 
     def _linears_outside_attention(self, without: list[str]) -> dict[str, tuple[int, int]]:
         without = list(without)

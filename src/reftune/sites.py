@@ -7,7 +7,7 @@ A *block* is one layer of a transformer and a *stack* is the list of them. What 
 | `block_output` | the residual stream after the block | block, output |
 | `block_input` | the residual stream before the block | block, input |
 | `attention_input` | what self-attention reads; where a norm comes first, after it | module of the projections, input |
-| `query_output`, `key_output`, `value_output` | before any query or key norm and rotary embedding | projection, output |
+| `query_output`, `key_output`, `value_output` | before any q/k norm and rotary embedding | projection, output |
 | `head_output[0]`, `head_output[0,3]` | these heads' results, side by side | output projection, input |
 | `attention_output` | self-attention's term of the residual sum | output projection, output |
 | `cross_attention_output` | cross-attention's term of the residual sum | output projection, output |
@@ -30,13 +30,24 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from reftune.blocks import Block, Columns, MissingError, inside, is_attention, join, linear_features, parent, walk
+from reftune.blocks import (
+    CHILD,
+    Block,
+    Columns,
+    MissingError,
+    inside,
+    is_attention,
+    join,
+    leaf_channels,
+    parent,
+    walk,
+)
 from reftune.errors import ReftuneError
 
 Side = Literal["input", "output"]
@@ -94,7 +105,7 @@ class Site:
 
     @property
     def index(self) -> slice | list[int] | None:
-        """`columns` as an index of the last dimension, `tensor[..., site.index]`: a slice, hence a view, if they adjoin."""
+        """`columns` as an index, `tensor[..., site.index]`: a slice, hence a view, where they adjoin."""
         if isinstance(self.columns, range):
             return slice(self.columns.start, self.columns.stop)
         return None if self.columns is None else list(self.columns)
@@ -168,8 +179,11 @@ def find_sites(model: nn.Module, component: str = "block_output", layers_to_tran
 
 
 def attention_module(block: nn.Module, cross: bool = False) -> nn.Module | None:
-    """The module of `block` that holds the projections of self-attention (of cross-attention, if asked), or None."""
-    path = Block(block).attention_or_none(cross)
+    """The module of `block` that holds the projections of self- or cross-attention; None if there is not exactly one."""
+    try:
+        path = Block(block).attention_or_none(cross)
+    except MissingError:  # several: none of them is *the* attention
+        return None
     return None if path is None else block.get_submodule(path)
 
 
@@ -246,7 +260,9 @@ def _stack_names(paths: list[str]) -> dict[str, str]:
         alike = [p for p in paths if kinds[p] == kinds[path]]
         kind = kinds[path] if len(set(kinds.values())) > 1 else ""
         half = halves[path] if len(alike) > 1 else ""
-        names[path] = join(kind, half) if sum(halves[p] == halves[path] for p in alike) == 1 or len(alike) == 1 else path
+        names[path] = (
+            join(kind, half) if sum(halves[p] == halves[path] for p in alike) == 1 or len(alike) == 1 else path
+        )
     return names
 
 
@@ -268,4 +284,92 @@ def _config(model: nn.Module, path: str) -> object:
 
 
 def _path_sites(model: nn.Module, component: str, layers: Layers, stacks: list[Stack]) -> list[Site]:
-    raise ReftuneError(f"component={component!r}")
+    """The sites of a module path, with `{layer}` one for every layer asked for, without it one in all."""
+    path, side = _split_side(component)
+    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if CHILD not in p.split(".")}
+
+    def site(layer: int | None, block: str, target: str, stack: Stack | None) -> Site:
+        _refuse_unless_hookable(component, target, modules, stacks)
+        if stack is None:
+            width = leaf_channels(modules[target], side)
+            if width is None:
+                kind = type(modules[target]).__name__
+                raise ReftuneError(f"component={component!r}: the width of the {side} of a {kind} here is not known")
+        else:
+            relative = target[len(block) + 1 :]
+            width = Block(modules[block], _config(model, block)).channels(relative, side)
+        return Site(component, layer, block, target, side, width, None, stack)
+
+    if "{layer}" not in path:
+        target = _resolve(component, path, modules, modules)
+        if layers != "all":
+            message = f"{component!r} names one module; leave it out, or write the layer's number as {{layer}}"
+            raise ReftuneError(f"layers_to_transform={layers!r}: {message}")
+        for stack in stacks:
+            for block in stack.block_paths:
+                if inside(target, block):
+                    return [site(None, block, target, stack)]
+        return [site(None, target, target, None)]
+
+    head, _, tail = path.partition("{layer}")
+    if "{layer}" in tail or head[-1:] not in ("", ".") or tail[:1] not in ("", "."):
+        raise ReftuneError(f"component={component!r}: write {{layer}} once, as one step of the path")
+    lists = [p for p, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    found = _resolve(component, head.rstrip("."), modules, lists)
+    blocks = [join(found, name) for name, _ in modules[found].named_children()]
+    stack = next((s for s in stacks if s.module_path == found), None)
+    tail = tail.lstrip(".")
+    if not any(join(block, tail) in modules for block in blocks):
+        raise ReftuneError(_unknown(component, modules))
+
+    def site_of_layer(layer: int) -> Site:
+        target = join(blocks[layer], tail)
+        if target not in modules:
+            raise MissingError(f"there is no module {target!r}")
+        return site(layer, blocks[layer], target, stack)
+
+    return _collect(site_of_layer, layers, len(blocks), component)
+
+
+def _split_side(component: str) -> tuple[str, Side]:
+    path, colon, side = component.partition(":")
+    if colon and side not in ("input", "output"):
+        raise ReftuneError(f"component={component!r}: after the colon comes input or output")
+    return path, "input" if side == "input" else "output"
+
+
+def _resolve(component: str, path: str, modules: Mapping[str, nn.Module], among: Collection[str]) -> str:
+    """`path` itself or, where the model is wrapped or is a bare backbone, the one module that it can only mean."""
+    if path in among:
+        return path
+    # A backbone lacks the beginning: `model.layers.3` of the whole model is `layers.3` there.
+    beginning = f"{getattr(modules[''], 'base_model_prefix', '')}."
+    if path.startswith(beginning) and path[len(beginning) :] in among:
+        return path[len(beginning) :]
+    ends = [p for p in among if path and p.endswith("." + path)]
+    if len(ends) > 1:
+        raise ReftuneError(f"component={component!r}: several modules end with {path!r}: {', '.join(ends[:4])}")
+    if not ends:
+        raise ReftuneError(_unknown(component, modules))
+    return ends[0]
+
+
+def _refuse_unless_hookable(component: str, path: str, modules: Mapping[str, nn.Module], stacks: list[Stack]) -> None:
+    if isinstance(modules[path], nn.ModuleList | nn.ModuleDict) or any(inside(s.module_path, path) for s in stacks):
+        raise ReftuneError(f"component={component!r}: {path!r} holds whole blocks or modules, name one of them")
+
+
+def _unknown(component: str, modules: Mapping[str, nn.Module]) -> str:
+    """What to write instead of a component that names nothing."""
+    templates = {re.sub(r"(^|\.)\d+(?=\.|$)", r"\1{layer}", path) for path in modules if path}
+    name = component.rpartition(".")[2] if "{" not in component else component
+    close = difflib.get_close_matches(name, [*COMPONENTS, "head_output[0]"], 1) or difflib.get_close_matches(
+        component.partition(":")[0], sorted(templates), 1
+    )
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    choices = ", ".join(COMPONENTS)
+    example = next((t for t in sorted(templates) if "{layer}" in t and t.count(".") > 2), "layers.{layer}.mlp")
+    return (
+        f"component={component!r}: this model has no such place{hint} "
+        f"There are {choices}, head_output[0], and module paths such as {example!r}"
+    )
