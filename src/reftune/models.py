@@ -270,8 +270,8 @@ def _explain(name: str, place: str | Path, error: Exception) -> ReftuneError:
     reason = "the Hub is switched off by HF_HUB_OFFLINE" if offline else _first_line(error)
     meant = f" Did you mean {BUNDLED!r}?" if difflib.get_close_matches(name.lower(), [BUNDLED], cutoff=0.6) else ""
     return ReftuneError(
-        f"model {name!r} is not a folder here and not in the local Hugging Face cache, "
-        f"and could not be fetched ({reason}).{meant} Use the bundled 'smollm2', a local folder or a .gguf file, or go online and check the name"
+        f"model {name!r} is not a folder here and not in the local Hugging Face cache, and could not be fetched "
+        f"({reason}).{meant} Use the bundled 'smollm2', a local folder or a .gguf file, or go online and check the name"
     )
 
 

@@ -16,8 +16,8 @@ class CompletionCollator:
     """Collate rows of `encode_dataset`.
 
     A batch has `input_ids`, `attention_mask` and `labels`, each Int[Tensor, "batch position"], and
-    `prompt_lengths`, Int[Tensor, "batch"]: the number of attended prompt tokens of each row, whatever the padding side. For classification,
-    `labels` is "batch" (int64, or float32 for regression) and `token_type_ids` is padded along.
+    `prompt_lengths`, Int[Tensor, "batch"]: the number of attended prompt tokens of each row, whatever the padding side.
+    For classification, `labels` is "batch" (int64, or float32 for regression) and `token_type_ids` is padded along.
 
     Args:
         pad_token_id: the id that fills short rows; its attention mask is 0 and its label -100.

@@ -2,7 +2,7 @@
 
 | shape | fields |
 |---|---|
-| prompt and completion | `prompt`, `completion`, optional `system` (the first two may be lists of messages, as in TRL) |
+| prompt and completion | `prompt`, `completion`, optional `system` (the first two may be lists of messages) |
 | Alpaca | `instruction`, `output`, optional `input`, `system` |
 | messages | `messages`: list of {"role", "content"}, optional `system` |
 | ShareGPT | `conversations`: list of {"from", "value"}, optional `system` |
