@@ -1,0 +1,31 @@
+"""reftune: representation finetuning (ReFT) for any Hugging Face model."""
+
+from reftune.attach import Attachment, attach
+from reftune.config import ReftConfig
+from reftune.edits import Edit, available_edits, register_edit
+from reftune.errors import ReftuneError
+from reftune.positions import Positions, parse_positions
+from reftune.sites import Site, find_sites
+from reftune.tuner import ReftModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # edits
+    "Edit",
+    "available_edits",
+    "register_edit",
+    # sites and positions
+    "Positions",
+    "Site",
+    "find_sites",
+    "parse_positions",
+    # the engine
+    "Attachment",
+    "attach",
+    # the PEFT method
+    "ReftConfig",
+    "ReftModel",
+    # errors
+    "ReftuneError",
+]

@@ -35,6 +35,7 @@ from reftune.sites import Site, attention_module, find_sites
 PLAN = "reft_plan"
 CHILD = "intervention"
 ENGINE = "_reftune_engine"
+BASE_ROW = "__base__"
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,34 @@ class Engine:
             if name in found.placements
             for part, edit in found.parts(name)
         }
+
+    @contextmanager
+    def mixed(self, row_adapters: Sequence[str] | None) -> Iterator[None]:
+        """For the length of a ``with`` block, edit every row of a batch by its own adapter.
+
+        Args:
+            row_adapters: a name for each row, ``"__base__"`` for no edit; None changes nothing.
+
+        Raises:
+            ReftuneError: a name that is not on this model.
+        """
+        if row_adapters is None:
+            yield
+            return
+        names = list(row_adapters)
+        unknown = sorted(set(names) - set(self.adapter_names()) - {BASE_ROW})
+        if unknown:
+            raise ReftuneError(f"adapter_names: {unknown} not on this model, which has {self.adapter_names()}.")
+        try:
+            self._set_row_adapters(names)
+            yield
+        finally:
+            self._set_row_adapters(None)
+
+    def _set_row_adapters(self, names: list[str] | None) -> None:
+        self.planner.row_adapters = names
+        for found in self.interventions.values():
+            found.row_adapters = names
 
     def active_positions(self) -> dict[str, Positions]:
         """Positions of the adapters that edit now."""

@@ -46,6 +46,7 @@ class Intervention(nn.Module):
         self.placements: dict[str, Placement] = {}
         self.plan: PositionPlan | None = NOTHING
         self.carried = False
+        self.row_adapters: list[str] | None = None
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
 
@@ -56,6 +57,8 @@ class Intervention(nn.Module):
         """Names of the adapters that edit here now, in order."""
         if self._disable_adapters:
             return []
+        if self.row_adapters is not None:
+            return [name for name in self.placements if name in self.row_adapters]
         names = [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
         return [name for name in names if name in self.placements]
 
@@ -107,7 +110,7 @@ class Intervention(nn.Module):
             if placement.site.module_path != module_path or placement.site.side != side:
                 continue
             for part, edit in self.parts(name):
-                rows = self.plan.rows(placement.positions, part, hidden)
+                rows = self.plan.rows(placement.positions, part, hidden, name)
                 if rows is not None:
                     hidden = edit_rows(hidden, edit, rows, placement.site.columns, placement.scale)
         return hidden

@@ -45,6 +45,7 @@ class Planner:
     def __init__(self, model: nn.Module, active_positions: Callable[[], dict[str, Positions]]):
         self.model = model
         self.active_positions = active_positions
+        self.row_adapters: list[str] | None = None
         self._awaiting_backward = 0
         self._recomputed = False
         self._calls: list[_Call] = []
@@ -113,7 +114,8 @@ class Planner:
             found = token_arguments(arguments, role, module, needs_prompt=False)
             if found is None:
                 return NOTHING
-            return memory.plan(found["batch"], found["sequence"], found["past_length"], active, found["device"])
+            size = found["batch"], found["sequence"], found["past_length"]
+            return memory.plan(*size, active, found["device"], self.row_adapters)
         if memory is not None:
             intervention_mask = memory.encoder_mask
         keep_empty = module.training and torch.is_grad_enabled()
@@ -121,13 +123,13 @@ class Planner:
         settled = prompt_lengths is not None
         found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
         if found is None:
-            return PositionPlan(None, None, keep_empty)
+            return PositionPlan(None, None, keep_empty, self.row_adapters)
         found["needs_prompt"] = needs_prompt
         if intervention_mask is not None and role != "decoder":
             mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
-            return PositionPlan(None, mask, keep_empty)
+            return PositionPlan(None, mask, keep_empty, self.row_adapters)
         layout = read_layout(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
-        return PositionPlan(layout, None, keep_empty)
+        return PositionPlan(layout, None, keep_empty, self.row_adapters)
 
     # Recomputation in backward, where a model does not hand the plan down
 

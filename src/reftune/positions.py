@@ -18,7 +18,7 @@ made exact.)
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -154,6 +154,9 @@ class PositionPlan:
     Args:
         layout: the forward's tokens; None where the model has no token input (images), then read from the hidden state.
         mask: a caller's ``intervention_mask`` (batch, sequence), which replaces every adapter's positions.
+        keep_empty: give an empty index rather than None where no row is edited (so that in training every edit takes
+            part in the graph, as distributed training wants it).
+        row_adapters: in a batch of mixed adapters, the name of each row's adapter.
     """
 
     def __init__(
@@ -161,29 +164,33 @@ class PositionPlan:
         layout: TokenLayout | None,
         mask: Bool[Tensor, "batch sequence"] | None = None,
         keep_empty: bool = False,
+        row_adapters: Sequence[str] | None = None,
     ):
         self._layout = layout
         self._mask = mask
         self._keep_empty = keep_empty
-        self._rows: dict[tuple[Positions, Part, torch.device], Rows] = {}
+        self._row_adapters = row_adapters
+        self._rows: dict[tuple[Positions, Part, str | None, torch.device], Rows] = {}
 
-    def rows(self, positions: Positions, part: Part, hidden: Tensor) -> Rows:
+    def rows(self, positions: Positions, part: Part, hidden: Tensor, adapter: str = "default") -> Rows:
         """Flat token indices to edit, ``EVERY_ROW`` when that is all of them, None when there are none.
 
         Args:
             positions: an edit's positions.
             part: ``"both"``, or the half of an untied pair.
             hidden: the tensor about to be edited, (..., hidden), with batch * sequence rows.
+            adapter: the edit's adapter, which matters in a batch of mixed adapters.
 
         Raises:
             ReftuneError: the tensor does not hold this forward's tokens.
         """
-        key = (positions, part, hidden.device)
+        key = (positions, part, adapter if self._row_adapters else None, hidden.device)
         if key not in self._rows:
-            self._rows[key] = self._find(positions, part, hidden)
+            self._rows[key] = self._find(positions, part, hidden, adapter)
         return self._rows[key]
 
-    def _find(self, positions: Positions, part: Part, hidden: Tensor) -> Rows:
+    @torch.compiler.disable
+    def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
         selected = self._mask
         if selected is None:
             layout = self._layout or whole_rows(hidden.shape[0], hidden.shape[1], hidden.device)
@@ -194,6 +201,12 @@ class PositionPlan:
                 f"This forward has {tuple(selected.shape)} tokens but the edited tensor holds {tokens}: the model changes "
                 "the sequence between its input and this site. Pass intervention_mask (batch, sequence) for that site."
             )
+        if self._row_adapters:
+            batch, named = selected.shape[0], len(self._row_adapters)
+            if batch % named:
+                raise ReftuneError(f"adapter_names has {named} names for {batch} rows: give one name a row.")
+            own = torch.tensor([name == adapter for name in self._row_adapters], device=selected.device)
+            selected = selected & own.repeat_interleave(batch // named).unsqueeze(-1)
         rows = selected.flatten().nonzero().squeeze(-1).to(hidden.device)
         if len(rows) == tokens:
             return EVERY_ROW
@@ -375,7 +388,13 @@ class PromptMemory:
         return past_length >= self.attended.shape[1]
 
     def plan(
-        self, batch: int, sequence: int, past_length: int, active: Mapping[str, Positions], device: torch.device
+        self,
+        batch: int,
+        sequence: int,
+        past_length: int,
+        active: Mapping[str, Positions],
+        device: torch.device,
+        row_adapters: Sequence[str] | None = None,
     ) -> PositionPlan | None:
         """The plan of one forward inside ``generate``; rows are repeated for beams and return sequences.
 
@@ -384,6 +403,7 @@ class PromptMemory:
             past_length: tokens in the cache before it.
             active: positions of the active adapters.
             device: of the forward's tokens.
+            row_adapters: as for ``PositionPlan``.
         """
         if self.is_past(past_length) and (self.mask is not None or all(p.needs_prompt for p in active.values())):
             return NOTHING
@@ -410,7 +430,7 @@ class PromptMemory:
         )
         mask = None if self.mask is None else grown(self.mask, False)[:, past_length:]
         self._remember_first_edit(layout, mask, past_length, active)
-        return PositionPlan(layout, mask)
+        return PositionPlan(layout, mask, row_adapters=row_adapters)
 
     def _remember_first_edit(
         self, layout: TokenLayout, mask: Tensor | None, past_length: int, active: Mapping[str, Positions]

@@ -8,7 +8,7 @@ from reftune.edits.flat import FlatEdit
 from reftune.edits.lobireft import LobireftEdit
 from reftune.edits.loreft import LoreftEdit
 from reftune.edits.noreft import NoreftEdit
-from reftune.edits.registry import available_edits, edit_class, make_edit, register_edit
+from reftune.edits.registry import available_edits, edit_class, make_edit, method_name, register_edit
 from reftune.edits.rotated import RotatedEdit
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "available_edits",
     "edit_class",
     "make_edit",
+    "method_name",
     "register_edit",
 ]

@@ -67,6 +67,15 @@ def edit_class(method: str | type[nn.Module]) -> type[nn.Module]:
     return _EDITS[method]
 
 
+def method_name(cls: type[nn.Module]) -> str:
+    """The name under which a class is registered; an unknown class is registered under its own name first."""
+    for name, known in _EDITS.items():
+        if known is cls:
+            return name
+    register_edit(cls.__name__)(cls)
+    return cls.__name__
+
+
 def make_edit(method: str | type[nn.Module], width: int, r: int, **options: Any) -> nn.Module:
     """Build an edit.
 
