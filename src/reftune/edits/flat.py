@@ -32,9 +32,12 @@ class FlatEdit(nn.Module):
 
     def forward(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """The edited hidden state in the dtype of `h`."""
+        x = h.to(compute_dtype(h))
         tensors = {path: getattr(self, name) for name, path in self._paths.items()}
+        tensors = {path: t.to(x.dtype) if t.is_floating_point() else t for path, t in tensors.items()}
         with without_autocast(h.device.type):
-            edited = torch.func.functional_call(self.__dict__["inner"], tensors, (h.to(compute_dtype(h)),))
+            # Every name of a tied tensor is in the dictionary, so there is nothing to tie.
+            edited = torch.func.functional_call(self.__dict__["inner"], tensors, (x,), tie_weights=False)
         return edited.to(h.dtype)
 
     def train(self, mode: bool = True) -> "FlatEdit":

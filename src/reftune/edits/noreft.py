@@ -14,8 +14,8 @@ class NoreftEdit(Edit):
     """h + P^T(a(Wh + b) - Ph - c): LoReFT without the constraint, so that no rotation has to be kept.
 
     `weight` W (the paper's W1) and `projection` P (its W2) are `r x width`, `bias` b is `r`; c is `offset` of size r
-    with `add_bias`, else absent. Arithmetic in float32 (float64 for a float64 h). Identity start: W = P, b = c = 0; with
-    an activation, P = 0. Source: arXiv 2404.03592, ablations; `add_bias` is pyreft's.
+    with `add_bias`, else absent. Arithmetic in float32 (float64 for a float64 h). Identity start: W = P, b = c = 0;
+    with an activation, P = 0. Source: arXiv 2404.03592, ablations; `add_bias` is pyreft's.
     """
 
     def __init__(
