@@ -345,14 +345,15 @@ class Attachment:
     def disabled(self) -> Iterator[None]:
         """The base model, for the length of a ``with`` block."""
         found = [i for i in self.engine.interventions.values() if self.name in i.placements]
-        before = [intervention._disable_adapters for intervention in found]
+        already = [intervention for intervention in found if self.name in intervention.paused]
         try:
             for intervention in found:
-                intervention._disable_adapters = True
+                intervention.paused.add(self.name)
             yield
         finally:
-            for intervention, was in zip(found, before, strict=True):
-                intervention._disable_adapters = was
+            for intervention in found:
+                if intervention not in already:
+                    intervention.paused.discard(self.name)
 
     def detach(self) -> None:
         """Remove the edits; **changes the model**, whose outputs are bit-exactly the base's again."""

@@ -47,6 +47,7 @@ class Intervention(nn.Module):
         self.plan: PositionPlan | None = NOTHING
         self.carried = False
         self.row_adapters: list[str] | None = None
+        self.paused: set[str] = set()
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
 
@@ -60,7 +61,7 @@ class Intervention(nn.Module):
         if self.row_adapters is not None:
             return [name for name in self.placements if name in self.row_adapters]
         names = [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
-        return [name for name in names if name in self.placements]
+        return [name for name in names if name in self.placements and name not in self.paused]
 
     def add(self, name: str, placement: Placement, edit: nn.Module, suffix_edit: nn.Module | None = None) -> None:
         """Register an adapter's edit here; **changes this module**.
