@@ -29,7 +29,7 @@ _OUTPUT = (
     "linear_out", "output.dense",
 )  # fmt: skip
 _DOWN = (
-    "down_proj", "c_proj", "fc2", "fc_out", "out_proj", "dense_4h_to_h", "wo", "Wo", "lin2", "w2", "linear2",
+    "down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "Wo", "lin2", "w2", "linear2",
     "linear_2", "output.dense",
 )  # fmt: skip
 
@@ -267,7 +267,8 @@ class Block:
         linears = self._linears_outside_attention(mixtures)
         width = self.width()
         downs = [p for p, (_, o) in linears.items() if o == width and any(_ends_with(p, name) for name in _DOWN)]
-        downs = downs or [p for p, (i, o) in linears.items() if o == width and i != width]
+        if not downs and not mixtures:  # unusual names: what leads back to the residual stream from another width
+            downs = [p for p, (i, o) in linears.items() if o == width and i != width]
         outputs = mixtures + downs
         if len(outputs) != 1:
             there = f"there are several ({', '.join(outputs)})" if outputs else "there is none"
@@ -276,12 +277,12 @@ class Block:
             return mixtures[0], mixtures[0]
         down, inner = downs[0], linears[downs[0]][0]
         ups = [p for p, (i, o) in linears.items() if p != down and i == width and o in (inner, 2 * inner)]
-        reader = down
-        for up in ups:
-            reader = common_ancestor(reader, up)
+        reader = parent(down)
+        while reader and not any(inside(up, reader) for up in ups):
+            reader = parent(reader)
         if not reader and len(ups) == 1:
             reader = ups[0]  # no module of its own: the two projections lie in the block itself
-        if not ups or not reader:
+        if not reader:
             raise MissingError("its feed-forward has no single input: name one by a module path")
         return reader, down
 

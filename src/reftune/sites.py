@@ -32,7 +32,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from torch import nn
 
@@ -88,7 +88,8 @@ class Site:
         layer: Number of the block; None for a module path without `{layer}`.
         block_path: The module that carries the trainable child: the block, or outside all blocks the module itself.
         module_path: The module to hook.
-        side: Whether its input or its output is edited; of several tensors, the first.
+        side: Whether its input or its output is edited; of several tensors, the first. It ends in the channels; the
+            tokens before may be flattened, as (batch * sequence, channels) in OPT's feed-forward.
         width: How many channels the edit sees.
         columns: Those channels of the hooked tensor, in order; None means all of them.
         stack: The stack that the block belongs to, if any.
@@ -127,18 +128,18 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     ]
 
 
-def resolve_layers(layers: Layers, count: int, field: str = "layers_to_transform", noun: str = "layer") -> list[int]:
+def resolve_layers(layers: object, count: int, field: str = "layers_to_transform", noun: str = "layer") -> list[int]:
     """Layer numbers from 0, in the order given; negative numbers count from the end.
 
     Raises:
-        ReftuneError: A number out of range, named twice, or none at all.
+        ReftuneError: Not a number, a list of numbers or `"all"`; a number out of range or named twice; none at all.
     """
     if layers == "all":
         return list(range(count))
-    try:
-        numbers = [operator.index(n) for n in (layers if isinstance(layers, Sequence) else [layers])]  # pyright: ignore
-    except TypeError:
-        raise ReftuneError(f'{field}={layers!r}: expected a {noun} number, a list of them or "all"') from None
+    listed = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    numbers = [operator.index(n) for n in listed if isinstance(n, SupportsIndex) and not isinstance(n, bool)]
+    if len(numbers) < len(listed):
+        raise ReftuneError(f'{field}={layers!r}: expected a {noun} number, a list of them or "all"')
     if not numbers:
         raise ReftuneError(f'{field}=[]: name at least one {noun}, or "all"')
     if wrong := [n for n in numbers if not -count <= n < count]:
@@ -179,7 +180,7 @@ def find_sites(model: nn.Module, component: str = "block_output", layers_to_tran
 
 
 def attention_module(block: nn.Module, cross: bool = False) -> nn.Module | None:
-    """The module of `block` that holds the projections of self- or cross-attention; None if there is not exactly one."""
+    """The module of `block` that holds the projections of self- or cross-attention; None if not exactly one does."""
     try:
         path = Block(block).attention_or_none(cross)
     except MissingError:  # several: none of them is *the* attention
