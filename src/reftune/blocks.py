@@ -26,7 +26,7 @@ _AFFIXES = re.compile(r"^(to_|linear_|project_|w)(?=[a-z])|_(proj|lin|projection
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.IGNORECASE)
 _OUTPUT = (
     "o_proj", "out_proj", "dense", "c_proj", "o", "out_lin", "Wo", "wo", "proj", "projection", "to_out", "to_out.0",
-    "linear_out", "output.dense",
+    "linear_out", "output.dense", "projection_layer", "output",
 )  # fmt: skip
 _DOWN = (
     "down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "wo", "Wo", "lin2", "w2", "linear2",
@@ -186,14 +186,21 @@ class Block:
 
     def output_projection(self, cross: bool = False) -> str:
         """In the attention module or, as in BERT, beside it."""
-        attention = path = self.attention(cross)
+        path = self._output_projection_or_none(cross)
+        if path is None:
+            attention = self.attention(cross)
+            raise MissingError(f"no output projection was found for {attention!r}: name it by a module path")
+        return path
+
+    def _output_projection_or_none(self, cross: bool) -> str | None:
+        path = self.attention(cross)
         while path:
             for name in _OUTPUT:
                 found = join(path, name)
                 if found in self.modules and linear_features(self.modules[found]):
                     return found
             path = parent(path)
-        raise MissingError(f"no output projection was found for {attention!r}: name it by a module path")
+        return None
 
     def attention_width(self) -> int:
         """Channels that attention reads."""
@@ -203,8 +210,8 @@ class Block:
     def width(self) -> int:
         """Channels of the residual stream."""
         for cross in (False, True):
-            if self.attention_or_none(cross) is not None:
-                return self.features(self.output_projection(cross))[1]
+            if self.attention_or_none(cross) is not None and (path := self._output_projection_or_none(cross)):
+                return self.features(path)[1]
         for name in ("hidden_size", "d_model", "n_embd", "dim"):
             if isinstance(width := getattr(self.config, name, None), int):
                 return width
