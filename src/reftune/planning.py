@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.utils import logging
 
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.positions import NOTHING, PositionPlan, Positions, PromptMemory, check_mask, read_layout
+from reftune.positions import NOTHING, Mask, PositionPlan, Positions, PromptMemory, check_mask, read_layout
 
-CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask")
+CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
 """Arguments of ours that any forward takes; they are taken out before the model sees them."""
 
 TWO_FORWARDS = (
@@ -22,6 +23,12 @@ TWO_FORWARDS = (
     "hand keyword arguments to its attention: the rows of the first can no longer be told. Run backward after each "
     "forward, switch gradient checkpointing off, or use component='block_output'."
 )
+
+CHECKPOINTED_GENERATION = (
+    "generate in training mode with gradient checkpointing runs without a cache: transformers drops the cache inside "
+    "checkpointed layers, and each step would see its last token alone. model.eval() makes it fast again."
+)
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -32,6 +39,14 @@ class _Call:
     with_grad: bool
     plans: dict[str, PositionPlan | None] = field(default_factory=dict)
     counted: bool = False
+
+
+def by_adapter(value: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """A call argument by adapter name: as given, or the same for every name."""
+    if value is None:
+        return {}
+    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    return {name: torch.as_tensor(one) != 0 for name, one in given.items()}
 
 
 class Planner:
@@ -77,6 +92,7 @@ class Planner:
         ours = {name: kwargs[name] for name in CALL_ARGUMENTS if kwargs.get(name) is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
         active = self.active_positions()
+        ours["directions"] = by_adapter(ours.pop("intervention_directions", None), active)
         if active:
             arguments = bind(module, args, kwargs)
             for stack, role in self._roles(module).items():
@@ -108,6 +124,7 @@ class Planner:
         active: dict[str, Positions],
         prompt_lengths: Any = None,
         intervention_mask: Any = None,
+        directions: dict[str, Tensor] | None = None,
     ) -> PositionPlan | None:
         memory = self._memories[-1] if self._memories else None
         if memory is not None and role != "encoder":
@@ -119,17 +136,20 @@ class Planner:
         if memory is not None:
             intervention_mask = memory.encoder_mask
         keep_empty = module.training and torch.is_grad_enabled()
-        needs_prompt = intervention_mask is None and any(positions.needs_prompt for positions in active.values())
+        masked = intervention_mask if isinstance(intervention_mask, Mapping) else active if intervention_mask is not None else {}
+        needs_prompt = any(positions.needs_prompt for name, positions in active.items() if name not in masked)
         settled = prompt_lengths is not None
         found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
         if found is None:
-            return PositionPlan(None, None, keep_empty, self.row_adapters)
+            return PositionPlan(None, None, keep_empty, self.row_adapters, directions)
         found["needs_prompt"] = needs_prompt
+        mask: Mask = None
         if intervention_mask is not None and role != "decoder":
             mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
-            return PositionPlan(None, mask, keep_empty, self.row_adapters)
+            if isinstance(mask, Tensor) or set(mask) >= set(active):
+                return PositionPlan(None, mask, keep_empty, self.row_adapters, directions)
         layout = read_layout(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
-        return PositionPlan(layout, None, keep_empty, self.row_adapters)
+        return PositionPlan(layout, mask, keep_empty, self.row_adapters, directions)
 
     # Recomputation in backward, where a model does not hand the plan down
 
@@ -153,13 +173,17 @@ class Planner:
 
     # Generation
 
-    def generate(self, *args: Any, intervention_mask: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, intervention_mask: Any = None, intervention_directions: Any = None, **kwargs: Any
+    ) -> Any:
         """Run the model's own ``generate``, remembering where the prompts end.
 
         Args:
             args, kwargs: as for ``transformers.GenerationMixin.generate``.
             intervention_mask: (batch, length), bool: the prompt tokens to edit, in place of the adapters' positions (of
-                an encoder-decoder: the encoder's tokens).
+                an encoder-decoder: the encoder's tokens); or such masks by adapter name.
+            intervention_directions: (batch, r), bool: the directions of each edit that act on each row; or such by
+                adapter name.
 
         Raises:
             ReftuneError: a cache was passed in which earlier turns edited tokens that can no longer be recomputed.
@@ -169,7 +193,7 @@ class Planner:
         if not active:
             return base_generate(self.model, *args, **kwargs)
         attended, past, device = generation_prompt(self.model, args, kwargs)
-        memory = PromptMemory(attended.to(device))
+        memory = PromptMemory(attended.to(device), directions=by_adapter(intervention_directions, active))
         if intervention_mask is not None and is_encoder_decoder(self.model):
             memory.encoder_mask = torch.as_tensor(intervention_mask, device=device) != 0
         elif intervention_mask is not None:
@@ -177,6 +201,9 @@ class Planner:
         cache = kwargs.get("past_key_values")
         if past:
             self._rewind(cache, past, memory, active, args, kwargs)
+        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
+            if kwargs.setdefault("use_cache", False) is False:
+                logger.warning_once(CHECKPOINTED_GENERATION)
         self._memories.append(memory)
         try:
             result = base_generate(self.model, *args, **kwargs)
@@ -202,4 +229,4 @@ class Planner:
                 f"The cache passed to generate holds {past} tokens, but from token {keep} on they must be computed again: "
                 "only the newest prompt is edited. Pass the whole conversation's input_ids with the cache, or no cache."
             )
-        cache.crop(keep)
+        cache.crop(keep - past)
