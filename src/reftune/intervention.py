@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reftune.edits import Edit
 from reftune.errors import ReftuneError
 from reftune.positions import NOTHING, Part, PositionPlan, Positions, Rows
 from reftune.sites import Site
@@ -113,16 +115,18 @@ class Intervention(nn.Module):
             for part, edit in self.parts(name):
                 rows = self.plan.rows(placement.positions, part, hidden, name)
                 if rows is not None:
-                    hidden = edit_rows(hidden, edit, rows, placement.site.columns, placement.scale)
+                    directions = self.plan.directions(rows, hidden, name)
+                    hidden = edit_rows(hidden, edit, rows, placement.site.columns, placement.scale, directions)
         return hidden
 
 
 def edit_rows(
     hidden: Float[Tensor, "..."],
-    edit: nn.Module,
+    edit: Callable[[Tensor], Tensor],
     rows: Rows,
     columns: range | tuple[int, ...] | None = None,
     scale: float = 1.0,
+    directions: Float[Tensor, "rows r"] | None = None,
 ) -> Float[Tensor, "..."]:
     """Gather rows, edit them, and put them back; every other row keeps its bits.
 
@@ -132,12 +136,16 @@ def edit_rows(
         rows: flat token indices, or ``EVERY_ROW``.
         columns: the channels that the edit sees; None: all.
         scale: factor on what the edit adds.
+        directions: 1 or 0 for each of the edit's r directions on each row; None: all act.
+
+    Raises:
+        ReftuneError: the edit changed the shape, or was given directions that it does not have.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     before = flat.index_select(0, rows) if isinstance(rows, Tensor) else flat
     index = None if columns is None else torch.tensor(columns, device=hidden.device)
     seen = before if index is None else before.index_select(-1, index)
-    after = edit(seen)
+    after = edit(seen) if directions is None else _edit_along(edit, seen, directions)
     if after.shape != seen.shape:
         raise ReftuneError(f"An edit returned shape {tuple(after.shape)} for an input of shape {tuple(seen.shape)}.")
     if scale != 1.0:
@@ -146,3 +154,13 @@ def edit_rows(
     if index is not None:
         after = before.index_copy(-1, index, after)
     return (flat.index_copy(0, rows, after) if isinstance(rows, Tensor) else after).view_as(hidden)
+
+
+def _edit_along(edit: nn.Module, seen: Tensor, directions: Tensor) -> Tensor:
+    r = getattr(edit, "r", None)
+    if not isinstance(edit, Edit) or directions.shape[-1] != r:
+        raise ReftuneError(
+            f"intervention_directions are {directions.shape[-1]} a row; {type(edit).__name__} at this site has "
+            f"{'none to choose from' if r is None else f'r={r}'}."
+        )
+    return edit(seen, directions)

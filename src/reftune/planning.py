@@ -136,7 +136,13 @@ class Planner:
         if memory is not None:
             intervention_mask = memory.encoder_mask
         keep_empty = module.training and torch.is_grad_enabled()
-        masked = intervention_mask if isinstance(intervention_mask, Mapping) else active if intervention_mask is not None else {}
+        masked = (
+            intervention_mask
+            if isinstance(intervention_mask, Mapping)
+            else active
+            if intervention_mask is not None
+            else {}
+        )
         needs_prompt = any(positions.needs_prompt for name, positions in active.items() if name not in masked)
         settled = prompt_lengths is not None
         found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
@@ -195,7 +201,7 @@ class Planner:
         attended, past, device = generation_prompt(self.model, args, kwargs)
         memory = PromptMemory(attended.to(device), directions=by_adapter(intervention_directions, active))
         if intervention_mask is not None and is_encoder_decoder(self.model):
-            memory.encoder_mask = torch.as_tensor(intervention_mask, device=device) != 0
+            memory.encoder_mask = intervention_mask
         elif intervention_mask is not None:
             memory.mask = check_mask(intervention_mask, *attended.shape, device)
         cache = kwargs.get("past_key_values")
@@ -219,7 +225,9 @@ class Planner:
     ) -> None:
         """Crop a conversation's cache to the first token that an earlier turn edited or that this one edits."""
         memory.plan(memory.attended.shape[0], memory.attended.shape[1], 0, active, memory.attended.device)
-        keep = min(past, self._first_edited.pop(cache, past), past if memory.first_edited is None else memory.first_edited)
+        keep = min(
+            past, self._first_edited.pop(cache, past), past if memory.first_edited is None else memory.first_edited
+        )
         memory.first_edited = None
         if keep == past:
             return

@@ -9,7 +9,7 @@ The words used here, and everywhere else in the library:
 - **prompt length** ``n``: how many attended tokens of the row belong to the prompt. The last prompt token is ``l1``.
 
 Grammar (``parse_positions``): ``fN`` the first N prompt tokens, ``lN`` the last N, ``fA+lB`` both, ``prompt`` every prompt
-token, ``all`` every token, generated ones included. A prompt of n tokens gives ``fA+lB`` the prefix ``min(A, n // 2)`` and
+token, ``generated`` every token after the prompt, ``all`` both. A prompt of n tokens gives ``fA+lB`` the prefix ``min(A, n // 2)`` and
 the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited twice by one edit, and no
 response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section 3.3, with the short-prompt rule
 made exact.)
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reftune.errors import ReftuneError
@@ -38,13 +38,13 @@ class Positions:
 
     Attributes:
         text: the string as given, normalised (``"f7+l7"``).
-        kind: ``"ends"`` for a prefix and/or suffix of the prompt, ``"prompt"`` or ``"all"``.
+        kind: ``"ends"`` for a prefix and/or suffix of the prompt, ``"prompt"``, ``"all"`` or ``"generated"``.
         prefix: number of tokens asked for at the prompt's start (0: none).
         suffix: number of tokens asked for at the prompt's end (0: none).
     """
 
     text: str
-    kind: Literal["ends", "prompt", "all"]
+    kind: Literal["ends", "prompt", "all", "generated"]
     prefix: int = 0
     suffix: int = 0
 
@@ -52,6 +52,11 @@ class Positions:
     def needs_prompt(self) -> bool:
         """Whether the prompt's end must be known (false for ``all`` alone)."""
         return self.kind != "all"
+
+    @property
+    def stays_in_prompt(self) -> bool:
+        """Whether no generated token is ever edited, so that a decode step has nothing to do."""
+        return self.kind not in ("all", "generated")
 
     @property
     def has_two_ends(self) -> bool:
@@ -69,8 +74,8 @@ class Positions:
         total = prompt_length if total is None else total
         if self.kind == "all":
             return set(range(total))
-        if self.kind == "prompt":
-            return set(range(prompt_length))
+        if self.kind in ("prompt", "generated"):
+            return set(range(prompt_length)) if self.kind == "prompt" else set(range(prompt_length, total))
         prefix, suffix = (int(count) for count in self.counts(torch.tensor(prompt_length)))
         return set(range(prefix)) | set(range(prompt_length - suffix, prompt_length))
 
@@ -79,7 +84,7 @@ def parse_positions(text: str) -> Positions:
     """Read a position string.
 
     Args:
-        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"`` or ``"all"``; spaces and capitals do not matter.
+        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"`` or ``"all"``; spaces and capitals do not matter.
 
     Raises:
         ReftuneError: the string does not parse, or asks for zero tokens.
@@ -87,14 +92,14 @@ def parse_positions(text: str) -> Positions:
     if isinstance(text, Positions):
         return text
     compact = re.sub(r"\s+", "", str(text)).lower()
-    if compact in ("prompt", "all"):
+    if compact in ("prompt", "all", "generated"):
         return Positions(compact, compact)  # type: ignore[arg-type]
     match = re.fullmatch(r"(?:f(?P<prefix>\d+))?(?P<plus>\+)?(?:l(?P<suffix>\d+))?", compact)
     sides = match and [match["prefix"], match["suffix"]]
     if not match or not any(sides or ()) or bool(match["plus"]) != all(sides or ()) or "0" in map(_plain, sides or ()):
         raise ReftuneError(
             f"positions={text!r} does not parse. Write fN (the first N prompt tokens), lN (the last N), fA+lB (both), "
-            "prompt (every prompt token) or all (generated tokens too); for example 'l1' or 'f7+l7'."
+            "prompt (every prompt token), generated (those after it) or all (both); for example 'l1' or 'f7+l7'."
         )
     return Positions(compact, "ends", int(match["prefix"] or 0), int(match["suffix"] or 0))
 
@@ -126,6 +131,8 @@ class TokenLayout:
         in_prompt = self.attended & (self.ordinal < self.prompt_length)
         if positions.kind == "prompt":
             return in_prompt
+        if positions.kind == "generated":
+            return self.attended & ~in_prompt
         prefix, suffix = positions.counts(self.prompt_length)
         in_prefix = self.ordinal < prefix
         in_suffix = self.ordinal >= self.prompt_length - suffix
@@ -140,6 +147,9 @@ def whole_rows(batch: int, sequence: int, device: torch.device) -> TokenLayout:
     return TokenLayout(attended, ordinal, torch.full((batch, 1), sequence, device=device))
 
 
+Mask = Tensor | Mapping[str, Tensor] | None
+"""A caller's ``intervention_mask``: one for every adapter, or one for each by name."""
+
 EVERY_ROW = "every row"
 Rows = Tensor | Literal["every row"] | None
 
@@ -153,21 +163,25 @@ class PositionPlan:
 
     Args:
         layout: the forward's tokens; None where the model has no token input (images), then read from the hidden state.
-        mask: a caller's ``intervention_mask`` (batch, sequence), which replaces every adapter's positions.
+        mask: a caller's ``intervention_mask`` (batch, sequence), which replaces every adapter's positions; or a mapping
+            from adapter names to masks, which replace those adapters' positions.
         keep_empty: give an empty index rather than None where no row is edited (so that in training every edit takes
             part in the graph, as distributed training wants it).
         row_adapters: in a batch of mixed adapters, the name of each row's adapter.
+        directions: which of an edit's r directions act on each row of the batch, (batch, r), by adapter.
     """
 
     def __init__(
         self,
         layout: TokenLayout | None,
-        mask: Bool[Tensor, "batch sequence"] | None = None,
+        mask: Mask = None,
         keep_empty: bool = False,
         row_adapters: Sequence[str] | None = None,
+        directions: Mapping[str, Tensor] | None = None,
     ):
         self._layout = layout
         self._mask = mask
+        self._directions = directions or {}
         self._keep_empty = keep_empty
         self._row_adapters = row_adapters
         self._rows: dict[tuple[Positions, Part, str | None, torch.device], Rows] = {}
@@ -184,14 +198,30 @@ class PositionPlan:
         Raises:
             ReftuneError: the tensor does not hold this forward's tokens.
         """
-        key = (positions, part, adapter if self._row_adapters else None, hidden.device)
+        by_name = self._row_adapters or isinstance(self._mask, Mapping)
+        key = (positions, part, adapter if by_name else None, hidden.device)
         if key not in self._rows:
             self._rows[key] = self._find(positions, part, hidden, adapter)
         return self._rows[key]
 
+    def directions(self, rows: Rows, hidden: Tensor, adapter: str) -> Float[Tensor, "rows r"] | None:
+        """Which directions act on each of these rows (1 or 0), or None where all do on every row.
+
+        Args:
+            rows: what ``rows`` returned.
+            hidden: the same tensor as there.
+            adapter: the edit's adapter.
+        """
+        wanted = self._directions.get(adapter)
+        if wanted is None:
+            return None
+        tokens = hidden.numel() // hidden.shape[-1]
+        found = rows if isinstance(rows, Tensor) else torch.arange(tokens, device=hidden.device)
+        return wanted.to(hidden.device)[found // (tokens // wanted.shape[0])].float()
+
     @torch.compiler.disable
     def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
-        selected = self._mask
+        selected = self._mask.get(adapter) if isinstance(self._mask, Mapping) else self._mask
         if selected is None:
             layout = self._layout or whole_rows(hidden.shape[0], hidden.shape[1], hidden.device)
             selected = layout.selected(positions, part)
@@ -357,8 +387,14 @@ def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor
     return lengths.long()
 
 
-def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
-    """Check a caller's ``intervention_mask``: (batch, sequence), true where the edit applies."""
+def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """Check a caller's ``intervention_mask``: (batch, sequence), true where the edit applies; or such by adapter name."""
+    if isinstance(mask, Mapping):
+        return {name: _check_one_mask(value, batch, sequence, device) for name, value in mask.items()}
+    return _check_one_mask(mask, batch, sequence, device)
+
+
+def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
     mask = torch.as_tensor(mask, device=device)
     if tuple(mask.shape) != (batch, sequence):
         raise ReftuneError(
@@ -373,14 +409,16 @@ class PromptMemory:
 
     Attributes:
         attended: the prompt's mask, (batch, length).
-        mask: an ``intervention_mask`` over the prompt, or None.
+        mask: an ``intervention_mask`` over the prompt (or one by adapter name), or None.
+        directions: the directions that act on each row, by adapter name.
         encoder_mask: the same over an encoder-decoder's encoder input.
         first_edited: the first cache column that an edit touched so far (a later turn re-prefills from there).
     """
 
     attended: Bool[Tensor, "batch length"]
-    mask: Bool[Tensor, "batch length"] | None = None
-    encoder_mask: Bool[Tensor, "batch sequence"] | None = None
+    mask: Mask = None
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+    encoder_mask: Any = None
     first_edited: int | None = field(default=None, init=False)
 
     def is_past(self, past_length: int) -> bool:
@@ -405,7 +443,8 @@ class PromptMemory:
             device: of the forward's tokens.
             row_adapters: as for ``PositionPlan``.
         """
-        if self.is_past(past_length) and (self.mask is not None or all(p.needs_prompt for p in active.values())):
+        masked = active if isinstance(self.mask, Tensor) else self.mask or {}
+        if self.is_past(past_length) and all(p.stays_in_prompt or name in masked for name, p in active.items()):
             return NOTHING
         rows, length = self.attended.shape
         if batch % rows:
@@ -428,16 +467,23 @@ class PromptMemory:
             attention_mask=attended,
             prompt_lengths=lengths,
         )
-        mask = None if self.mask is None else grown(self.mask, False)[:, past_length:]
+        mask: Mask = None
+        if isinstance(self.mask, Mapping):
+            mask = {name: grown(one, False)[:, past_length:] for name, one in self.mask.items()}
+        elif self.mask is not None:
+            mask = grown(self.mask, False)[:, past_length:]
         self._remember_first_edit(layout, mask, past_length, active)
-        return PositionPlan(layout, mask, row_adapters=row_adapters)
+        directions = {name: one.repeat_interleave(batch // rows, dim=0) for name, one in self.directions.items()}
+        return PositionPlan(layout, mask, row_adapters=row_adapters, directions=directions)
 
     def _remember_first_edit(
-        self, layout: TokenLayout, mask: Tensor | None, past_length: int, active: Mapping[str, Positions]
+        self, layout: TokenLayout, mask: Mask, past_length: int, active: Mapping[str, Positions]
     ) -> None:
         if self.first_edited is not None or not active:
             return
-        selected = [mask] if mask is not None else [layout.selected(positions) for positions in active.values()]
+        masks = mask if isinstance(mask, Mapping) else {}
+        selected = [masks[name] if name in masks else layout.selected(p) for name, p in active.items()]
+        selected = [mask] if isinstance(mask, Tensor) else selected
         columns = torch.stack(selected).any(0).any(0).nonzero()
         if len(columns):
             self.first_edited = past_length + int(columns[0])

@@ -7,7 +7,6 @@ one that adds a child and hooks.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from accelerate import init_empty_weights
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from reftune.attach import Engine
@@ -89,11 +88,15 @@ class ReftModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, ReftConfig):
-            raise ReftuneError(f"adapter {adapter_name!r} is a {config.peft_type} adapter; ReFT attaches ReftConfig only.")
+            raise ReftuneError(
+                f"adapter {adapter_name!r} is a {config.peft_type} adapter; ReFT attaches ReftConfig only."
+            )
         self._check_new_adapter_config(config)
         engine = self.engine
         if engine.make_intervention is not ReftLayer:
-            raise ReftuneError("This model carries edits from reftune.attach: detach them before making it a PEFT model.")
+            raise ReftuneError(
+                "This model carries edits from reftune.attach: detach them before making it a PEFT model."
+            )
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -119,6 +122,28 @@ class ReftModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter(self.active_adapters)
+
+    def set_scale(self, adapter_name: str, value: float) -> None:
+        """Multiply what an adapter adds; **changes the model**, and is not saved with the adapter.
+
+        Args:
+            adapter_name: one of this model's ReFT adapters.
+            value: 1 as trained, 0 nothing, between them weaker, negative the other way.
+
+        Raises:
+            ReftuneError: an adapter that is not on this model.
+        """
+        found = [
+            layer.placements[adapter_name]
+            for layer in self.engine.interventions.values()
+            if adapter_name in layer.placements
+        ]
+        if not found:
+            raise ReftuneError(
+                f"adapter {adapter_name!r} is not on this model, which has {self.engine.adapter_names()}."
+            )
+        for placement in found:
+            placement.scale = float(value)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -160,7 +185,10 @@ class ReftModel(BaseTuner):
         for path, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 parent, _, name = path.rpartition(".")
-                kept = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+                if merge or not isinstance(module, ModulesToSaveWrapper):
+                    kept = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+                else:
+                    kept = module.original_module
                 setattr(self.model.get_submodule(parent), name, kept)
         others = {name: c for name, c in self.peft_config.items() if not isinstance(c, ReftConfig)}
         if others:
@@ -171,7 +199,9 @@ class ReftModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Not offered: a merged constant could not be told apart again; use ``merge_and_unload``."""
-        raise ReftuneError("ReFT adapters are not merged in place: use merge_and_unload(), or keep the adapter attached.")
+        raise ReftuneError(
+            "ReFT adapters are not merged in place: use merge_and_unload(), or keep the adapter attached."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -40,7 +40,7 @@ class FoldedEdit:
 class Edit(nn.Module):
     """h + dropout(delta(h)): a change of the hidden state, learned while the model stays as it is.
 
-    A subclass creates its parameters directly on itself, fills them in `reset_parameters` and writes `change`.
+    A subclass creates its parameters directly on itself, fills them in `reset_parameters` and writes `coordinates`.
 
     Args:
         width: size of the hidden state's last dimension.
@@ -72,9 +72,19 @@ class Edit(nn.Module):
         """**Overwrites every parameter** with its initial value."""
         raise NotImplementedError
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """The formula without `h +`, written by a subclass; `h` and the result are both float32 or both float64."""
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """The two factors of the formula without `h +`, written by a subclass: r numbers, and the directions they go in.
+
+        `h` and both results are float32, or all are float64.
+        """
         raise NotImplementedError
+
+    def change(
+        self, h: Float[Tensor, "*rows width"], directions: Float[Tensor, "*#rows r"] | None = None
+    ) -> Float[Tensor, "*rows width"]:
+        """The formula without `h +`, along those of the r directions that are 1 in `directions` (None: along all)."""
+        coordinates, basis = self.coordinates(h)
+        return (coordinates if directions is None else coordinates * directions.to(h.dtype)) @ basis
 
     def fold(self) -> FoldedEdit:
         """The edit as (A, b, B), in the dtype of its parameters.
@@ -87,14 +97,24 @@ class Edit(nn.Module):
     def retract_(self) -> None:
         """**Brings the parameters back** onto their constraint after an optimiser's step; most edits have none."""
 
-    def delta(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+    def delta(
+        self, h: Float[Tensor, "*rows width"], directions: Float[Tensor, "*#rows r"] | None = None
+    ) -> Float[Tensor, "*rows width"]:
         """What the edit adds to `h`, without dropout, in float32 (float64 where `h` is), under autocast too."""
         with without_autocast(h.device.type):
-            return self.change(h.to(compute_dtype(h)))
+            return self.change(h.to(compute_dtype(h)), directions)
 
-    def forward(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """The edited hidden state in the dtype of `h`; any number of leading dimensions, and none or many rows."""
-        change = F.dropout(self.delta(h), self.dropout, self.training)
+    def forward(
+        self, h: Float[Tensor, "*rows width"], directions: Float[Tensor, "*#rows r"] | None = None
+    ) -> Float[Tensor, "*rows width"]:
+        """The edited hidden state in the dtype of `h`; any number of leading dimensions, and none or many rows.
+
+        Args:
+            h: hidden states.
+            directions: 1 for those of the r directions that act, else 0; for all rows or for each. None: all act. So one
+                rotation can be shared out among several skills, each learned and used in directions of its own.
+        """
+        change = F.dropout(self.delta(h, directions), self.dropout, self.training)
         return (h.to(change.dtype) + change).to(h.dtype)
 
     def extra_repr(self) -> str:

@@ -50,10 +50,10 @@ class ConsreftEdit(RotatedEdit):
         self.reset_rotation()
         self.bias.uniform_()
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """R^T(b - Rh)."""
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """b - Rh, along R."""
         R = self.current_rotation(h.dtype)
-        return (self.bias.to(h.dtype) - F.linear(h, R)) @ R
+        return self.bias.to(h.dtype) - F.linear(h, R), R
 
     @torch.no_grad()
     def fold(self) -> FoldedEdit:

@@ -36,10 +36,10 @@ class DireftEdit(Edit):
         else:
             init_linear_(self.projection)
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """P^T a(Wh + b)."""
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """a(Wh + b), along P."""
         read = self.activate(F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)))
-        return read @ self.projection.to(h.dtype)
+        return read, self.projection.to(h.dtype)
 
     @torch.no_grad()
     def fold(self) -> FoldedEdit:

@@ -53,10 +53,10 @@ class DireftOrthogonalEdit(RotatedEdit):
         else:
             init_linear_(self.weight, self.bias)
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """R^T a(Wh + b)."""
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """a(Wh + b), along R."""
         read = self.activate(F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)))
-        return read @ self.current_rotation(h.dtype)
+        return read, self.current_rotation(h.dtype)
 
     @torch.no_grad()
     def fold(self) -> FoldedEdit:

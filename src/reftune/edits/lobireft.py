@@ -46,9 +46,9 @@ class LobireftEdit(RotatedEdit):
         else:
             self.bias.uniform_()
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """R^T b for every row."""
-        return (self.bias.to(h.dtype) @ self.current_rotation(h.dtype)).expand_as(h)
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """b for every row, along R."""
+        return self.bias.to(h.dtype).expand(*h.shape[:-1], self.r), self.current_rotation(h.dtype)
 
     @torch.no_grad()
     def fold(self) -> FoldedEdit:

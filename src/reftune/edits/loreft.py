@@ -49,12 +49,12 @@ class LoreftEdit(RotatedEdit):
         else:
             init_linear_(self.weight, self.bias)
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """R^T(a(Wh + b) - Rh); linear, it is R^T((W - R)h + b), which is exactly zero where W = R."""
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """a(Wh + b) - Rh, along R; linear, it is (W - R)h + b, which is exactly zero where W = R."""
         R, W, b = self.current_rotation(h.dtype), self.weight.to(h.dtype), self.bias.to(h.dtype)
         if self.is_linear:
-            return F.linear(h, W - R, b) @ R
-        return (self.activate(F.linear(h, W, b)) - F.linear(h, R)) @ R
+            return F.linear(h, W - R, b), R
+        return self.activate(F.linear(h, W, b)) - F.linear(h, R), R
 
     @torch.no_grad()
     def fold(self) -> FoldedEdit:

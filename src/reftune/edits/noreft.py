@@ -50,13 +50,13 @@ class NoreftEdit(Edit):
         else:
             self.projection.zero_()
 
-    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """P^T(a(Wh + b) - Ph - c); linear, it is P^T((W - P)h + b - c), which is exactly zero where W = P and b = c."""
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+        """a(Wh + b) - Ph - c, along P; linear, it is (W - P)h + b - c, which is exactly zero where W = P and b = c."""
         W, b, P = self.weight.to(h.dtype), self.bias.to(h.dtype), self.projection.to(h.dtype)
         c = None if self.offset is None else self.offset.to(h.dtype)
         if self.is_linear:
-            return F.linear(h, W - P, b if c is None else b - c) @ P
-        return (self.activate(F.linear(h, W, b)) - F.linear(h, P, c)) @ P
+            return F.linear(h, W - P, b if c is None else b - c), P
+        return self.activate(F.linear(h, W, b)) - F.linear(h, P, c), P
 
     @torch.no_grad()
     def fold(self) -> FoldedEdit:
