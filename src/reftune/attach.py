@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from reftune.edits import make_edit
 from reftune.errors import ReftuneError
@@ -255,11 +256,8 @@ class Engine:
             self._handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
         for module_path, side in places:
             module = self.model.get_submodule(module_path)
-            hook = partial(self._edit, intervention, module_path, side, module_path != path)
-            if side == "output":
-                self._handles.append(module.register_forward_hook(partial(_edit_output, hook)))
-            else:
-                self._handles.append(module.register_forward_pre_hook(partial(_edit_input, hook), with_kwargs=True))
+            edit = partial(self._edit, intervention, module_path, side, module_path != path)
+            self._handles.append(edit_passing(module, side, edit))
 
     # The hooks
 
@@ -294,6 +292,22 @@ class Engine:
         if inside and not intervention.carried:
             self.planner.edit_without_carried_plan()
         return intervention.apply_at(path, side, hidden)
+
+
+def edit_passing(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let the tensor that passes one side of a module (of several, the first) go through ``edit``; **adds a hook**.
+
+    Args:
+        module: the module to hook.
+        side: ``"input"`` or ``"output"``.
+        edit: is called at every forward of the module.
+
+    Returns:
+        The hook's handle; ``handle.remove()`` undoes it.
+    """
+    if side == "output":
+        return module.register_forward_hook(partial(_edit_output, edit))
+    return module.register_forward_pre_hook(partial(_edit_input, edit), with_kwargs=True)
 
 
 def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
