@@ -1,0 +1,1 @@
+"""Causal abstraction: causal models, interchange interventions, alignment search, patching and tracing."""

@@ -1,0 +1,202 @@
+"""The hooks behind ``intervene``: which units pass in this call, what replaces them, what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftune.attach import edit_passing
+from reftune.causal.actions import Action
+from reftune.causal.locations import Location, Units, units
+from reftune.errors import ReftuneError
+from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
+from reftune.intervention import edit_rows
+from reftune.positions import TokenLayout, read_layout
+from reftune.sites import Site
+
+
+class Stop(Exception):
+    """Ends a forward from which nothing further is wanted."""
+
+
+class Bound:
+    """An intervention at its site in a model.
+
+    Args:
+        location, site: where.
+        action: what.
+        sources: what the action takes, (batch, n, ...) each; a batch of 1 serves every row.
+    """
+
+    def __init__(self, location: Location, site: Site, action: Action, sources: Sequence[Tensor]) -> None:
+        self.location, self.site, self.action, self.sources = location, site, action, list(sources)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last forward."""
+        self._seen: list[tuple[Units, Tensor]] = []
+        self.calls = 0
+
+    def apply(self, hidden: Tensor, layout: TokenLayout | None, past: int, beams: int) -> Tensor:
+        """The tensor with this intervention in it."""
+        call, self.calls = self.calls, self.calls + 1
+        found = units(self.location, hidden, layout, call, past, prompt_only=bool(self.sources))
+        if found is None:
+            return hidden
+        return edit_rows(hidden, partial(self._edit, found, beams), found.rows, self.site.columns)
+
+    def _edit(self, found: Units, beams: int, states: Tensor) -> Tensor:
+        self._seen.append((found, states))
+        return self.action(states, *(self._aligned(source, found, beams) for source in self.sources))
+
+    def _aligned(self, source: Tensor, found: Units, beams: int) -> Tensor:
+        """One row of the source for each unit."""
+        batch = len(found.counts)
+        if source.shape[0] == 1 != batch:
+            source = source.expand(batch, *source.shape[1:])
+        source = source.repeat_interleave(beams, 0)
+        if source.shape[0] != batch:
+            raise ReftuneError(
+                f"{self.location.component}: the source has a batch of {source.shape[0] // beams}, the base one of "
+                f"{batch // beams}; every base row takes its own source row"
+            )
+        per_row = source.shape[1]
+        if bool((found.counts != per_row).any()):
+            row = int((found.counts != per_row).nonzero()[0])
+            raise ReftuneError(
+                f"{self.location.component}: the source has {per_row} positions a row, and the base row {row} has "
+                f"{int(found.counts[row])}; name as many positions in both"
+            )
+        flat = source.flatten(0, 1)
+        return flat if found.which is None else flat[found.which.to(flat.device)]
+
+    def complete(self) -> bool:
+        """Whether every unit of this location was seen."""
+        if not self._seen:
+            return False
+        first = self._seen[0][0]
+        if first.which is None:
+            return True
+        if self.location.positions is None or isinstance(self.location.positions, str):
+            return False
+        return sum(len(states) for _, states in self._seen) == int(first.counts.sum())
+
+    def states(self) -> Tensor:
+        """What was seen, (batch, n, width)."""
+        if not self._seen:
+            raise ReftuneError(f"{self.location} was not reached: {self.site.module_path!r} did not run")
+        counts = self._seen[0][0].counts
+        flat = torch.cat([states for _, states in self._seen])
+        order = [which for found, _ in self._seen if (which := found.which) is not None]
+        if len(order) == len(self._seen):
+            ids = torch.cat(order)
+            if self.location.positions in (None, "all"):  # calls: one after another, so batch comes second
+                return flat.view(len(order), len(counts), -1).transpose(0, 1)
+            flat = flat[ids.argsort()]
+        if bool((counts != counts[0]).any()):
+            raise ReftuneError(f"rows have {counts.tolist()} tokens at {self.location.positions!r}: give each row as many")
+        return flat.view(len(counts), -1, flat.shape[-1])
+
+
+class Session:
+    """All interventions on one model at a time.
+
+    Args:
+        model: the root module.
+        bound: the interventions.
+    """
+
+    def __init__(self, model: nn.Module, bound: Sequence[Bound]) -> None:
+        self.model, self.bound = model, list(bound)
+        self.stop_after: set[int] = set()
+        self._handles: list[Any] = []
+        self._layouts: dict[str, tuple[TokenLayout, int]] = {}
+        self._prompt: Tensor | None = None
+        self._shadowed: Any = None
+
+    def install(self) -> None:
+        """**Hook the model.**"""
+        self._handles.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
+        places: dict[tuple[str, str], list[int]] = {}
+        for index, bound in enumerate(self.bound):
+            places.setdefault((bound.site.module_path, bound.site.side), []).append(index)
+        for (path, side), members in places.items():
+            self._handles.append(edit_passing(self.model.get_submodule(path), side, partial(self._edit, members)))
+        if hasattr(type(self.model), "generate"):
+            self._shadowed = self.model.__dict__.get("generate")
+            self.model.__dict__["generate"] = self._generate
+
+    def uninstall(self) -> None:
+        """Undo ``install``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if hasattr(type(self.model), "generate"):
+            del self.model.__dict__["generate"]
+            if self._shadowed is not None:
+                self.model.__dict__["generate"] = self._shadowed
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``, with the prompt remembered: positions are the prompt's."""
+        self._prompt = generation_prompt(self.model, args, kwargs)[0]
+        try:
+            if self._shadowed is not None:
+                return self._shadowed(*args, **kwargs)
+            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            self._prompt = None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for bound in self.bound:
+            bound.begin()
+        self._layouts = {}
+        roles: dict[str, Role] = {"": "only"}
+        if is_encoder_decoder(self.model):
+            roles = {"encoder": "encoder", "decoder": "decoder"}
+        arguments = bind(module, args, kwargs)
+        for stack, role in roles.items():
+            # Whether a plain forward is a decoding step cannot be told here; only `_generate` knows of prompts.
+            found = token_arguments(arguments, role, module, needs_prompt=False)
+            if found is None:
+                continue
+            labels = arguments.get("labels")
+            past = found["past_length"]
+            found["needs_prompt"] = False
+            layout = read_layout(**found)
+            length = self._prompt_length(layout, past, role)
+            if length is None:
+                asked = isinstance(labels, Tensor) and labels.ndim == 2 and role == "only" and past == 0
+                if asked and labels is not None and labels.shape == layout.attended.shape:
+                    layout = read_layout(**{**found, "needs_prompt": True, "labels": labels})
+                    length = layout.prompt_length
+                else:
+                    length = past + layout.attended.sum(-1, keepdim=True)
+            self._layouts[stack] = (TokenLayout(layout.attended, layout.ordinal, length), past)
+
+    def _prompt_length(self, layout: TokenLayout, past: int, role: Role) -> Tensor | None:
+        if self._prompt is None or role == "encoder":
+            return None
+        batch = layout.attended.shape[0]
+        lengths = self._prompt.sum(-1, keepdim=True).to(layout.attended.device)
+        return lengths.repeat_interleave(max(1, batch // lengths.shape[0]), 0)
+
+    def _leave(self, *_: Any) -> None:
+        self._layouts = {}
+
+    def _edit(self, members: list[int], hidden: Tensor) -> Tensor:
+        for index in members:
+            bound = self.bound[index]
+            stack = bound.site.stack.name if bound.site.stack else ""
+            layout, past = self._layouts.get(stack, self._layouts.get("", (None, 0)))
+            beams = 1
+            if self._prompt is not None and layout is not None:
+                beams = max(1, layout.attended.shape[0] // self._prompt.shape[0])
+            hidden = bound.apply(hidden, layout, past, beams)
+        if self.stop_after and all(self.bound[index].complete() for index in self.stop_after):
+            raise Stop
+        return hidden
