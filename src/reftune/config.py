@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, no_type_check
 
 import torch
 from peft.config import PeftConfig
@@ -13,6 +13,8 @@ from torch import nn
 
 from reftune.attach import EditSpec
 from reftune.edits import Edit, edit_class, make_edit, method_name
+from reftune.edits.base import Init
+from reftune.edits.rotated import Parametrization
 from reftune.errors import ReftuneError
 from reftune.positions import parse_positions
 
@@ -26,6 +28,7 @@ if REFT not in PeftType.__members__:
 _EDIT_OPTIONS = ("dropout", "act_fn", "init", "parametrization", "add_bias")
 
 
+@no_type_check  # it checks itself, with messages that say the way out
 @dataclass
 class ReftConfig(PeftConfig):
     """Configuration of a ReFT adapter (arXiv 2404.03592): sites x positions x edit.
@@ -66,10 +69,10 @@ class ReftConfig(PeftConfig):
     act_fn: str | None = field(
         default=None, metadata={"help": "Activation inside the edit, by its transformers name; none is linear."}
     )
-    init: Literal["identity", "paper"] = field(
+    init: Init = field(
         default="identity", metadata={"help": "identity starts as the base model; paper as the paper's code does."}
     )
-    parametrization: Literal["cholesky", "householder"] = field(
+    parametrization: Parametrization = field(
         default="cholesky",
         metadata={"help": "How a rotation is kept orthonormal; householder follows pyreft's training curve."},
     )
@@ -89,6 +92,9 @@ class ReftConfig(PeftConfig):
         self.layers_to_transform = _layers(self.layers_to_transform)
         if not 0.0 <= self.dropout < 1.0:
             raise ReftuneError(f"dropout={self.dropout}: must be at least 0 and below 1.")
+        for name, known in (("init", get_args(Init)), ("parametrization", get_args(Parametrization))):
+            if getattr(self, name) not in known:
+                raise ReftuneError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
         if issubclass(edit_class(self.method), Edit):
             with torch.random.fork_rng(devices=[]):  # a wrong option fails here, where it was written
                 make_edit(self.method, self.r, self.r, **self.options)
