@@ -156,7 +156,7 @@ def edit_rows(
     return (flat.index_copy(0, rows, after) if isinstance(rows, Tensor) else after).view_as(hidden)
 
 
-def _edit_along(edit: nn.Module, seen: Tensor, directions: Tensor) -> Tensor:
+def _edit_along(edit: Any, seen: Tensor, directions: Tensor) -> Tensor:
     r = getattr(edit, "r", None)
     if not isinstance(edit, Edit) or directions.shape[-1] != r:
         raise ReftuneError(

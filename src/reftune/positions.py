@@ -9,9 +9,9 @@ The words used here, and everywhere else in the library:
 - **prompt length** ``n``: how many attended tokens of the row belong to the prompt. The last prompt token is ``l1``.
 
 Grammar (``parse_positions``): ``fN`` the first N prompt tokens, ``lN`` the last N, ``fA+lB`` both, ``prompt`` every prompt
-token, ``generated`` every token after the prompt, ``all`` both. A prompt of n tokens gives ``fA+lB`` the prefix ``min(A, n // 2)`` and
-the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited twice by one edit, and no
-response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section 3.3, with the short-prompt rule
+token, ``generated`` every token after the prompt, ``all`` both. A prompt of n tokens gives ``fA+lB`` the prefix
+``min(A, n // 2)`` and the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited twice by
+one edit, and no response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section 3.3, with the short-prompt rule
 made exact.)
 """
 
@@ -84,7 +84,7 @@ def parse_positions(text: str) -> Positions:
     """Read a position string.
 
     Args:
-        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"`` or ``"all"``; spaces and capitals do not matter.
+        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"`` or ``"all"``; spaces, capitals do not matter.
 
     Raises:
         ReftuneError: the string does not parse, or asks for zero tokens.
@@ -388,7 +388,7 @@ def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor
 
 
 def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Check a caller's ``intervention_mask``: (batch, sequence), true where the edit applies; or such by adapter name."""
+    """Check a caller's ``intervention_mask``: (batch, sequence), true where edits apply; or such by adapter name."""
     if isinstance(mask, Mapping):
         return {name: _check_one_mask(value, batch, sequence, device) for name, value in mask.items()}
     return _check_one_mask(mask, batch, sequence, device)

@@ -73,7 +73,7 @@ class Edit(nn.Module):
         raise NotImplementedError
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
-        """The two factors of the formula without `h +`, written by a subclass: r numbers, and the directions they go in.
+        """The two factors of the formula without `h +`, written by a subclass: r numbers, and the r directions of them.
 
         `h` and both results are float32, or all are float64.
         """
@@ -111,8 +111,8 @@ class Edit(nn.Module):
 
         Args:
             h: hidden states.
-            directions: 1 for those of the r directions that act, else 0; for all rows or for each. None: all act. So one
-                rotation can be shared out among several skills, each learned and used in directions of its own.
+            directions: 1 for those of the r directions that act, else 0; for all rows or for each. None: all act. So
+                one rotation can be shared out among several skills, each learned and used in directions of its own.
         """
         change = F.dropout(self.delta(h, directions), self.dropout, self.training)
         return (h.to(change.dtype) + change).to(h.dtype)

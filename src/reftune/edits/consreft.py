@@ -51,7 +51,7 @@ class ConsreftEdit(RotatedEdit):
         self.bias.uniform_()
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
-        """b - Rh, along R."""
+        """Along R: b - Rh."""
         R = self.current_rotation(h.dtype)
         return self.bias.to(h.dtype) - F.linear(h, R), R
 

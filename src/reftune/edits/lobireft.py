@@ -47,7 +47,7 @@ class LobireftEdit(RotatedEdit):
             self.bias.uniform_()
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
-        """b for every row, along R."""
+        """Along R: b for every row."""
         return self.bias.to(h.dtype).expand(*h.shape[:-1], self.r), self.current_rotation(h.dtype)
 
     @torch.no_grad()
