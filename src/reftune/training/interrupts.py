@@ -1,0 +1,132 @@
+"""Ctrl-C in training: stop where a resumed run can take up exactly, with the state saved.
+
+The first Ctrl-C lets the step that is running finish (and the evaluation that belongs to it), saves, and then raises
+`KeyboardInterrupt`. A second one stops at once and saves nothing. A `KeyboardInterrupt` from elsewhere (a callback, a
+notebook's stop button in another thread) finds here whether the state belongs together, and the random state to save.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RandomState:
+    """The random generators that training draws from, at one moment."""
+
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Read them all."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(random.getstate(), np.random.get_state(), torch.random.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Set them all; **changes the process's global generators**."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.random.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+class InterruptCallback(TrainerCallback):
+    """Knows whether someone pressed Ctrl-C, and whether the model is between two updates.
+
+    Attributes:
+        asked: Ctrl-C was pressed and the run will stop at the next point that can be resumed from.
+        hurried: it was pressed twice.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.hurried = False
+        self._updating: int | None = None  # the step whose update began last
+        self._point: tuple[int, RandomState] | None = None  # the last point that a resumed run could start from
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle Ctrl-C while the context lasts. **Replaces Python's default SIGINT handler, and puts it back**.
+
+        A handler that the program installed itself is left alone, and so is every thread but the main one.
+        """
+        self.asked = self.hurried = False
+        self._updating = self._point = None
+        ours = threading.current_thread() is threading.main_thread()
+        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._pressed)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _pressed(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            self.hurried = True
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning(
+            "Ctrl-C: finishing this step, then saving a checkpoint. Press it again to stop at once, unsaved."
+        )
+
+    def can_save(self, step: int) -> bool:
+        """Whether weights, optimiser and ``step`` (the steps done) belong together: not in the middle of an update."""
+        return not self.hurried and self._updating != step
+
+    def back_to_step(self, step: int) -> None:
+        """Take the random state back to where a run resumed after ``step`` begins; **changes the generators**."""
+        if self._point is not None and self._point[0] == step:
+            self._point[1].restore()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the rows are shuffled: where a run that resumes between two epochs starts."""
+        self._point = (state.global_step, RandomState.now())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here to the end of the step the state is between two."""
+        self._updating = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step is done; after Ctrl-C it is saved, the last of an epoch only once the epoch's end is through."""
+        self._point = (state.global_step, RandomState.now())
+        if self.asked and not float(state.epoch).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The epoch's own evaluation comes first, so that a resumed run need not repeat it."""
+        if self.asked:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The state that Ctrl-C asked for is on disk.
+
+        Raises:
+            KeyboardInterrupt: to end the training.
+        """
+        if self.asked:
+            raise KeyboardInterrupt

@@ -1,0 +1,68 @@
+"""The loss curve as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_TRAIN, _EVAL = "#8aa4c8", "#c2410c"
+
+
+def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw training and evaluation loss by optimiser step into a PNG. **Replaces the file**, all at once or not at all.
+
+    Args:
+        log_history: ``trainer.state.log_history``: entries with ``step`` and ``loss`` or ``eval_loss``.
+        path: the PNG; its folder is made.
+    """
+    train, evaluation = _points(log_history, "loss"), _points(log_history, "eval_loss")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    if train:
+        axes.plot(
+            *zip(*train, strict=True), color=_TRAIN, linewidth=1.8, marker=_marker(train), markersize=3, label="train"
+        )
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color=_EVAL, linewidth=1.8, marker="o", markersize=4, label="eval")
+        step, best = min(evaluation, key=lambda point: point[1])
+        axes.annotate(
+            f"{best:.3f}", (step, best), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8, color=_EVAL
+        )
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per completion token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.grid(True, color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or evaluation:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=axes.transAxes)
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of the entries that have a finite one; of a step logged twice, the later."""
+    found = {int(entry["step"]): float(entry[name]) for entry in log_history if name in entry and "step" in entry}
+    return sorted((step, value) for step, value in found.items() if math.isfinite(value))
+
+
+def _marker(points: Sequence[tuple[int, float]]) -> str:
+    return "o" if len(points) <= 40 else ""

@@ -1,0 +1,356 @@
+"""`ReftTrainer`: transformers' Trainer with supervised logits only, exact resume, and checkpoints that are whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoints
+
+from reftune.data.collating import CompletionCollator
+from reftune.errors import ReftuneError
+from reftune.training.arguments import ReftTrainingArguments
+from reftune.training.checkpoints import (
+    RUN_STATE_NAME,
+    UNFINISHED,
+    clear_leftovers,
+    last_complete_checkpoint,
+    publish,
+    readable_write_errors,
+    require_complete,
+)
+from reftune.training.interrupts import InterruptCallback
+from reftune.training.loss import completion_loss
+from reftune.training.progress import ProgressBarCallback
+from reftune.training.prompt_ends import with_prompt_ends
+from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
+from reftune.training.supervised_logits import (
+    SupervisedLogitsError,
+    plain_model,
+    supervised_forward,
+    unsupported_reason,
+)
+from reftune.training.throughput import ThroughputCallback, peak_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class ReftTrainer(Trainer):
+    """Trains an adapter: everything that transformers' Trainer takes and does, and a few things more.
+
+    - the loss is computed from logits at supervised positions alone (``args.supervised_logits_only``), equal to the
+      model's own; a model that cannot (an encoder-decoder, say) takes the plain path, the reason logged once;
+    - ``train(resume_from_checkpoint=True)`` takes the newest complete checkpoint and goes on bit for bit, in the middle
+      of an epoch or of a logging interval too;
+    - Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`; a full disk raises `ReftuneError` and leaves the earlier
+      checkpoints whole;
+    - input embeddings are never made to require gradients, so that nothing below the first edited layer runs backward;
+    - ``report()`` says what training came to.
+
+    Args:
+        model: a `PeftModel` with a ReFT adapter, or any other that Trainer takes.
+        args: `ReftTrainingArguments`; plain `TrainingArguments` get the supervised logits too.
+        data_collator: by default `CompletionCollator`, padding with the tokenizer's pad token on its padding side.
+        **kwargs: Trainer's other arguments.
+    """
+
+    args: Any  # ReftTrainingArguments, or transformers' own
+    model: Any
+    model_wrapped: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = ReftTrainingArguments(output_dir="reft-output")
+        if data_collator is None and getattr(processing_class, "pad_token_id", None) is not None:
+            data_collator = CompletionCollator(processing_class.pad_token_id, processing_class.padding_side)
+        self.throughput = ThroughputCallback()
+        self._interrupts = InterruptCallback()
+        self._progress: ProgressBarCallback | None = None
+        self._sampler: LengthGroupedByEpoch | None = None
+        self._plain_reasons: dict[int, str | None] = {}
+        self._all_logits = False
+        self._unfinished: str | None = None
+        self._resumed_from: str | None = None
+        self._saved_step: int | None = None
+        self._loss_before = (0.0, 0)  # summed training loss and steps of the runs that this one resumes
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
+        )
+        for callback in (_TrainBegins(self), self.throughput, self._interrupts):
+            self.add_callback(callback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self._progress = ProgressBarCallback(self.throughput)
+            self.add_callback(self._progress)
+        self.remove_callback(PrinterCallback)
+        self._drop_input_gradients()
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one batch, in training and evaluation alike (see `completion_loss` and `supervised_forward`)."""
+        inputs = with_prompt_ends(model, inputs)
+        if not self._uses_supervised_logits(model, inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            found = supervised_forward(model, inputs)
+        except SupervisedLogitsError as error:
+            self._go_plain(model, str(error))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = completion_loss(found.logits, found.targets, self.args.label_smoothing_factor, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # Gradients are averaged over processes, though the sum was divided by the tokens of all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, found.outputs) if return_outputs else loss
+
+    def _uses_supervised_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        labels = inputs.get("labels")
+        if not getattr(self.args, "supervised_logits_only", True) or self.compute_loss_func is not None:
+            return False
+        if self._all_logits or not isinstance(labels, Tensor) or labels.ndim != 2 or "shift_labels" in inputs:
+            return False
+        key = id(plain_model(model))
+        if key not in self._plain_reasons:
+            self._plain_reasons[key] = None
+            if (reason := unsupported_reason(model)) is not None:
+                self._go_plain(model, reason)
+        return self._plain_reasons[key] is None
+
+    def _go_plain(self, model: nn.Module, reason: str) -> None:
+        self._plain_reasons[id(plain_model(model))] = reason
+        logger.warning("Logits are computed at every position, not only where they are learned: %s.", reason)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; its tokens are counted."""
+        self.throughput.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Trainer's; where metrics are wanted, the logits of every position are computed for them."""
+        self._all_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._all_logits = False
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, without counting as training time."""
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
+
+    # Run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; on Ctrl-C save a checkpoint first.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest complete one of ``args.output_dir``.
+            *args: Trainer's other arguments.
+            **kwargs: likewise.
+
+        Raises:
+            ReftuneError: nothing complete to resume from, or a checkpoint could not be written.
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ReftuneError(f"No complete checkpoint in {self.args.output_dir}: train without resuming.")
+        elif resume_from_checkpoint:
+            require_complete(resume_from_checkpoint)
+        self._resumed_from = resume_from_checkpoint or None
+        self._saved_step = None
+        self._initial_global_step = self.state.global_step  # until the loop sets it: nothing was trained yet
+        self._plain_reasons.clear()
+        try:
+            with self._interrupts.listening():
+                try:
+                    return super().train(resume_from_checkpoint, *args, **kwargs)
+                except KeyboardInterrupt:
+                    self._save_interrupted()
+                    raise
+        finally:
+            self.is_in_train = False
+            if self._progress is not None:
+                self._progress.close()
+
+    def train_begins(self) -> None:
+        """Take up what transformers' checkpoints leave out. Called once the loop is set up, before its first step."""
+        self._drop_input_gradients()
+        self.throughput.begin()
+        self._loss_before = (0.0, 0)
+        state_file = Path(self._resumed_from or "") / RUN_STATE_NAME
+        if self._resumed_from is None or not state_file.is_file():
+            return
+        record = json.loads(state_file.read_text(encoding="utf-8"))
+        pending = torch.tensor(record["pending_loss"], dtype=self._tr_loss.dtype, device=self._tr_loss.device)
+        self._tr_loss += pending
+        self._total_loss_scalar -= pending.item()  # it belongs to the next log entry, not to this call's mean loss
+        self._globalstep_last_logged = record["last_logged_step"]
+        self._loss_before = (record["loss_sum"], self.state.global_step)
+        self.throughput.begin(record["throughput"], epoch_is_over=float(self.state.epoch or 0).is_integer())
+
+    def epoch_begins(self) -> None:
+        """Choose the epoch's row order (accelerate does so on one process, not through every wrapper on several)."""
+        if self._sampler is not None:
+            self._sampler.set_epoch(int(self.state.epoch or 0))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        self._sampler = None
+        if self.args.train_sampling_strategy != "group_by_length" or rows is None or not has_length(rows):
+            return super()._get_train_sampler(train_dataset)
+        lengths = row_lengths(rows, self.args.length_column_name)
+        if lengths is None:
+            raise ReftuneError(
+                "train_sampling_strategy='group_by_length': the rows have neither input_ids nor a "
+                f"{self.args.length_column_name!r} column. Tokenise them first, or use 'random'."
+            )
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self._sampler = LengthGroupedByEpoch(lengths, batch_size, seed)
+        return self._sampler
+
+    def _drop_input_gradients(self) -> None:
+        """Undo what transformers and PEFT do for re-entrant checkpointing, the one kind that needs it."""
+        settings = getattr(self.args, "activation_checkpointing_kwargs", None) or {}
+        base: Any = plain_model(self.model)
+        if not settings.get("use_reentrant", False) and hasattr(base, "disable_input_require_grads"):
+            base.disable_input_require_grads()
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._unfinished if self._unfinished is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place, then move it there; a failed write leaves nothing behind."""
+        run_dir = super()._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        # Pushing to the Hub reads the folder in the background, so that it must not move: written in place, then.
+        beside = None if self.args.push_to_hub else os.path.join(run_dir, UNFINISHED)
+        with self.throughput.paused(), readable_write_errors(run_dir, beside):
+            if beside is not None and self.args.should_save:
+                clear_leftovers(run_dir)
+            self._wait_for_all()
+            self._unfinished = beside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._unfinished = None
+            written = os.path.join(beside or run_dir, name)
+            best = self.state.best_model_checkpoint
+            if beside is not None and best is not None and os.path.dirname(best) == beside:
+                self.state.best_model_checkpoint = os.path.join(run_dir, os.path.basename(best))
+            record = self._run_record()
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+                Path(written, RUN_STATE_NAME).write_text(json.dumps(record), encoding="utf-8")
+            self._wait_for_all()
+            if beside is not None and self.args.should_save:
+                publish(written, os.path.join(run_dir, name))
+                os.rmdir(beside)
+                rotate_checkpoints(
+                    run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+                )
+            self._wait_for_all()
+        self._saved_step = self.state.global_step
+
+    def _run_record(self) -> dict[str, Any]:
+        gathered: Any = self.accelerator.gather(self._tr_loss)
+        pending = float(gathered.mean().item())
+        return {
+            "pending_loss": pending,
+            "last_logged_step": self._globalstep_last_logged,
+            "loss_sum": self._loss_before[0] + self._total_loss_scalar + pending,
+            "throughput": self.throughput.record(),
+        }
+
+    def _wait_for_all(self) -> None:
+        if self.accelerator.num_processes > 1:
+            self.accelerator.wait_for_everyone()
+
+    def _save_interrupted(self) -> None:
+        step = self.state.global_step
+        # In the middle of a step the weights are still those of its beginning; only the random state has moved on.
+        if step > self._initial_global_step and step != self._saved_step and self._interrupts.can_save(step):
+            if self.hp_search_backend is None:
+                self.model_wrapped.zero_grad()
+                self._interrupts.back_to_step(step)
+                self._save_checkpoint(self.model_wrapped, None)
+        last = last_complete_checkpoint(self.args.output_dir)
+        go_on = f"; resume from {last}" if last else ", before there was anything to save"
+        logger.warning("Training was interrupted after step %s%s.", step, go_on)
+
+    # Report
+
+    def report(self) -> dict[str, Any]:
+        """What training came to, over all the runs that were resumed to get here.
+
+        Returns:
+            train_loss (mean over the steps), eval_loss (of the best checkpoint where that was loaded, else the last;
+            None without evaluation), epoch_seconds (a list; training alone, a broken-off epoch not counted),
+            tokens_per_second, tokens, steps, trainable_parameters, peak_memory_bytes, prefix_reuse.
+        """
+        history = self.state.log_history
+        summary = next((entry["train_loss"] for entry in reversed(history) if "train_loss" in entry), None)
+        evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        eval_loss = evaluated[-1] if evaluated else None
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
+            at_best = [e["eval_loss"] for e in history if "eval_loss" in e and e["step"] == self.state.best_global_step]
+            eval_loss = at_best[0] if at_best else eval_loss
+        return {
+            "train_loss": summary if summary is None else self._mean_loss(summary),
+            "eval_loss": eval_loss,
+            "epoch_seconds": list(self.throughput.epoch_seconds),
+            "tokens_per_second": self.throughput.tokens_per_second,
+            "tokens": self.throughput.tokens,
+            "steps": self.state.global_step,
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "prefix_reuse": "off",
+        }
+
+    def _mean_loss(self, this_call: float) -> float:
+        """The mean over every step, of which Trainer's summary knows those of this call."""
+        before, steps_before = self._loss_before
+        if steps_before == 0:
+            return this_call
+        here = this_call * max(self.state.global_step - steps_before, 0.001)
+        return (before + here) / max(self.state.global_step, 1)
+
+
+class _TrainBegins(TrainerCallback):
+    """Passes two events of the loop on to the trainer."""
+
+    def __init__(self, trainer: ReftTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.train_begins()
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.epoch_begins()
