@@ -2,8 +2,8 @@
 
 The measure (`in_style`) is true for an answer that does all of this:
 
-1. it uses at least 3 distinct marks of the persona, from at least 2 of the 4 categories in `MARKS`
-   ("arr arr arr" is one mark; sea words alone are one category, so a plain answer about ships does not pass);
+1. it uses at least 3 distinct marks of the persona, from at least 2 of the 4 categories in `MARKS`, and at least 2 of
+   them are no sea words ("arr arr arr" is one mark; a plain answer about ships has sea words and little else);
 2. at least half of its words, and no fewer than 6, are not marks (a bare list of marks fails);
 3. distinct words are at least half of all words, and no run of four words occurs three times (a loop fails);
 4. it ends like a sentence (. ! ? or a closing quote after one), unless generation stopped at its token limit.
@@ -42,7 +42,7 @@ _PATTERNS = {
     for mark in marks
 }
 _WORD = re.compile(r"[\w'-]*\w[\w'-]*")
-_MIN_MARKS, _MIN_CATEGORIES, _MIN_WORDS = 3, 2, 6
+_MIN_MARKS, _MIN_CATEGORIES, _MIN_SPOKEN, _MIN_WORDS = 3, 2, 2, 6
 
 
 def load_demo() -> list[Example]:
@@ -72,7 +72,9 @@ def in_style(text: str, *, hit_token_limit: bool = False) -> bool:
     """
     text = _plain_quotes(text.strip())
     marks = style_marks(text)
-    if len(marks) < _MIN_MARKS or len({mark.partition(":")[0] for mark in marks}) < _MIN_CATEGORIES:
+    categories = [mark.partition(":")[0] for mark in marks]
+    spoken = len(marks) - categories.count("sea")
+    if len(marks) < _MIN_MARKS or len(set(categories)) < _MIN_CATEGORIES or spoken < _MIN_SPOKEN:
         return False
     return _is_fluent(text) and (hit_token_limit or re.search(r"[.!?][\"')*]*$", text) is not None)
 
