@@ -30,10 +30,14 @@ class Bound:
         location, site: where.
         action: what.
         sources: what the action takes, (batch, n, ...) each; a batch of 1 serves every row.
+        cell: in a session of several cells, the one to which it belongs; None: it works on the whole batch.
     """
 
-    def __init__(self, location: Location, site: Site, action: Action, sources: Sequence[Tensor]) -> None:
+    def __init__(
+        self, location: Location, site: Site, action: Action, sources: Sequence[Tensor], cell: int | None = None
+    ) -> None:
         self.location, self.site, self.action, self.sources = location, site, action, list(sources)
+        self.cell = cell
         self.begin()
 
     def begin(self) -> None:
@@ -108,10 +112,11 @@ class Session:
     Args:
         model: the root module.
         bound: the interventions.
+        cells: how many batches, one after another, make up the batch that runs.
     """
 
-    def __init__(self, model: nn.Module, bound: Sequence[Bound]) -> None:
-        self.model, self.bound = model, list(bound)
+    def __init__(self, model: nn.Module, bound: Sequence[Bound], cells: int = 1) -> None:
+        self.model, self.bound, self.cells = model, list(bound), cells
         self.stop_after: set[int] = set()
         self._handles: list[Any] = []
         self._layouts: dict[str, tuple[TokenLayout, int]] = {}
@@ -189,14 +194,28 @@ class Session:
         self._layouts = {}
 
     def _edit(self, members: list[int], hidden: Tensor) -> Tensor:
-        for index in members:
-            bound = self.bound[index]
-            stack = bound.site.stack.name if bound.site.stack else ""
-            layout, past = self._layouts.get(stack, self._layouts.get("", (None, 0)))
-            beams = 1
-            if self._prompt is not None and layout is not None:
-                beams = max(1, layout.attended.shape[0] // self._prompt.shape[0])
-            hidden = bound.apply(hidden, layout, past, beams)
+        whole = [self.bound[index] for index in members if self.bound[index].cell is None]
+        in_cells = [self.bound[index] for index in members if self.bound[index].cell is not None]
+        for bound in whole:
+            hidden = self._apply(bound, hidden)
+        if in_cells:
+            parts = list(hidden.chunk(self.cells))
+            for bound in in_cells:
+                assert bound.cell is not None
+                parts[bound.cell] = self._apply(bound, parts[bound.cell])
+            hidden = torch.cat(parts)
         if self.stop_after and all(self.bound[index].complete() for index in self.stop_after):
             raise Stop
         return hidden
+
+    def _apply(self, bound: Bound, hidden: Tensor) -> Tensor:
+        stack = bound.site.stack.name if bound.site.stack else ""
+        layout, past = self._layouts.get(stack, self._layouts.get("", (None, 0)))
+        beams = 1
+        if self._prompt is not None and layout is not None:
+            beams = max(1, layout.attended.shape[0] // self._prompt.shape[0])
+        if bound.cell is not None and layout is not None:
+            assert layout.prompt_length is not None
+            parts = (layout.attended, layout.ordinal, layout.prompt_length)
+            layout = TokenLayout(*(part.chunk(self.cells)[bound.cell] for part in parts))
+        return bound.apply(hidden, layout, past, beams)
