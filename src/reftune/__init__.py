@@ -6,6 +6,7 @@ from reftune.edits import Edit, available_edits, register_edit
 from reftune.errors import ReftuneError
 from reftune.positions import Positions, parse_positions
 from reftune.sites import Site, find_sites
+from reftune.training import ReftTrainer, ReftTrainingArguments
 from reftune.tuner import ReftModel
 
 __version__ = "0.1.0"
@@ -26,6 +27,9 @@ __all__ = [
     # the PEFT method
     "ReftConfig",
     "ReftModel",
+    # training
+    "ReftTrainer",
+    "ReftTrainingArguments",
     # errors
     "ReftuneError",
 ]
