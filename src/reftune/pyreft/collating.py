@@ -1,0 +1,100 @@
+"""pyreft's collators: they pad ``intervention_locations`` and ``subspaces`` along with what their inner collator pads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reftune.pyreft.locations import NOWHERE
+
+OWN = ("intervention_locations", "subspaces", "id")
+
+
+@dataclass
+class ReftDataCollator:
+    """Collate with transformers' collator, and ``intervention_locations`` (batch, interventions, positions) beside it.
+
+    Locations are moved along where the inner collator pads on the left.
+
+    Args:
+        data_collator: such as ``DataCollatorForSeq2Seq``.
+    """
+
+    data_collator: Callable[..., Any]
+
+    def __call__(self, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch."""
+        batch: dict[str, Any] = dict(self.data_collator([_without_own(row) for row in instances]))
+        length = batch["input_ids"].shape[1]
+        tokenizer = getattr(self.data_collator, "tokenizer", None)
+        left = getattr(tokenizer, "padding_side", "right") == "left"
+        shifts = [length - len(row["input_ids"]) if left else 0 for row in instances]
+        return batch | _own_columns(instances, shifts)
+
+
+@dataclass
+class ReftRewardCollator:
+    """Collate rows of ``ReftRewardDataset``: each row's chosen and rejected conversation, one after the other.
+
+    Args:
+        tokenizer: pads.
+        padding: as for ``tokenizer.pad``.
+        max_length: likewise.
+        pad_to_multiple_of: likewise.
+        return_tensors: likewise.
+    """
+
+    tokenizer: Any
+    padding: bool | str = True
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch, of twice as many rows."""
+        rows: list[dict[str, Any]] = []
+        for feature in features:
+            own = {name: feature[name] for name in OWN if name in feature}
+            for which in ("chosen_output", "rejected_output"):
+                rows.append({"input_ids": feature[which], "attention_mask": feature[f"{which}_mask"], **own})
+        inner = [_without_own(row) for row in rows]
+        batch = dict(
+            self.tokenizer.pad(
+                inner,
+                padding=self.padding,
+                max_length=self.max_length,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                return_tensors=self.return_tensors,
+            )
+        )
+        length = batch["input_ids"].shape[1]
+        left = self.tokenizer.padding_side == "left"
+        shifts = [length - len(row["input_ids"]) if left else 0 for row in rows]
+        return batch | _own_columns(rows, shifts)
+
+
+def _without_own(row: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in row.items() if name not in OWN}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in kept.items()}
+
+
+def _own_columns(rows: Sequence[Mapping[str, Any]], shifts: Sequence[int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "intervention_locations" in rows[0]:
+        moved = [
+            [[place + shift if place >= 0 else NOWHERE for place in one] for one in row["intervention_locations"]]
+            for row, shift in zip(rows, shifts, strict=True)
+        ]
+        found["intervention_locations"] = _filled(moved)
+    if "subspaces" in rows[0]:
+        found["subspaces"] = _filled([row["subspaces"] for row in rows])
+    return found
+
+
+def _filled(rows: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    width = max(len(one) for row in rows for one in row)
+    return torch.tensor([[[*one, *[NOWHERE] * (width - len(one))] for one in row] for row in rows])
