@@ -1,0 +1,74 @@
+"""`reftune chat`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from reftune.cli.app import app
+
+_HELP = "/base switches the edit off and on, /reset forgets the conversation, /quit or Ctrl-D ends it."
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes written tokens less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    system_prompt: Annotated[str | None, typer.Option(help="System message; default: that of training.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one it was trained on.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Data type; default: as trained.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.")] = None,
+) -> None:
+    """Talk with an adapter. /base switches the edit off and on, /reset forgets, /quit or Ctrl-D ends."""
+    import torch
+
+    from reftune.errors import ReftuneError
+    from reftune.inference.chat import Conversation
+    from reftune.inference.generation import GenerationSettings
+    from reftune.inference.loading import load_edited
+
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, repetition_penalty, seed=seed)
+    console = Console(highlight=False)
+    edited = load_edited(folder, model=model, dtype=dtype, device=device, system_prompt=system_prompt)
+    torch.manual_seed(seed)
+    talk = Conversation(edited, settings)
+    console.print(f"{folder} is listening. {_HELP}", markup=False)
+    while True:
+        try:
+            said = console.input(f"[bold]{'you' if talk.uses_edit else 'you (to the base model)'}>[/bold] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if not sys.stdin.isatty():
+            console.print()  # the end of a line that nobody typed here
+        if said == "/quit":
+            return
+        if said == "/reset":
+            talk.reset()
+            console.print("The conversation is forgotten.")
+        elif said == "/base":
+            talk.uses_edit = not talk.uses_edit
+            console.print("The edit is on." if talk.uses_edit else "The edit is off: the base model answers.")
+        elif said.startswith("/"):
+            console.print(_HELP, markup=False)
+        elif said:
+            forgotten = talk.forgotten
+            answer = talk.ask(said)
+            try:
+                for piece in answer:
+                    console.print(piece, end="", markup=False, soft_wrap=True)
+            except KeyboardInterrupt:  # ends the answer, not the conversation
+                answer.close()
+            except ReftuneError as error:
+                console.print(f"Error: {error}", end="", markup=False)
+            console.print()
+            if talk.forgotten > forgotten:
+                console.print(f"(The first {talk.forgotten} turns no longer fit the model's context.)", style="dim")

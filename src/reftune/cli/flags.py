@@ -1,0 +1,92 @@
+"""Command-line options made from a dataclass's fields, so that no option is written twice."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def flag_name(item: Field[Any]) -> str:
+    """`--gradient-accumulation` for the field `gradient_accumulation`."""
+    return "--" + item.name.replace("_", "-")
+
+
+def flag_parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
+    """A field as an option whose value is None unless it is given (so that a recipe's value can stand).
+
+    Args:
+        item: a dataclass field with `help`, `unit` and `group` in its metadata.
+        kind: its type.
+    """
+    name = flag_name(item)
+    is_switch = kind is bool
+    declared = [f"{name}/--no-{name[2:]}"] if is_switch and item.default is True else [name]
+    default = _default_text(item, is_switch)
+    option = typer.Option(
+        *declared,
+        help=item.metadata["help"] + (f" [default: {default}]" if default else ""),
+        metavar=None if is_switch else _metavar(item, kind),
+        rich_help_panel=item.metadata["group"],
+        show_default=False,
+    )
+    return inspect.Parameter(
+        item.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[_parsed_as(kind) | None, option],
+    )
+
+
+def with_flags(
+    function: Callable[..., Any], items: list[Field[Any]], type_of: Callable[[Field[Any]], Any]
+) -> Callable[..., Any]:
+    """The function with an option for each field in place of its `**flags`; **changes its signature**.
+
+    Args:
+        function: takes its own parameters and `**flags`, the fields' values by name.
+        items: the fields.
+        type_of: a field's type.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    made = [flag_parameter(item, type_of(item)) for item in items]
+    function.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *made)}
+    return function
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return tuple(option for option in typing.get_args(kind) if option is not type(None))
+    return (kind,)
+
+
+def _parsed_as(kind: Any) -> Any:
+    """What typer reads: the recipe itself checks choices and makes lists."""
+    first = _options(kind)[0]
+    return first if first in (int, float, bool) else str
+
+
+def _metavar(item: Field[Any], kind: Any) -> str:
+    first = _options(kind)[0]
+    if typing.get_origin(first) is Literal:
+        return "|".join(typing.get_args(first))
+    return item.metadata["unit"].upper().replace(" ", "-") if item.metadata["unit"].isalpha() else "VALUE"
+
+
+def _default_text(item: Field[Any], is_switch: bool) -> str:
+    if item.default is MISSING or item.default in (None, ""):
+        return ""
+    if is_switch:
+        return "on" if item.default else ""
+    return f"{item.default:g}" if isinstance(item.default, float) else str(item.default)

@@ -1,0 +1,108 @@
+"""`reftune generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from reftune.cli.app import app
+from reftune.errors import ReftuneError
+
+_PROMPTS, _WRITING, _MODEL = "Prompts", "Writing", "Model"
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given several times.", rich_help_panel=_PROMPTS)
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts: JSONL, JSON, CSV, TSV or Parquet, or TXT with one a line.", rich_help_panel=_PROMPTS
+        ),
+    ] = None,
+    column: Annotated[
+        str, typer.Option(help="Column of --prompts-file that holds them.", rich_help_panel=_PROMPTS)
+    ] = "prompt",
+    limit_rows: Annotated[
+        int | None, typer.Option(help="Answer only the first so many prompts.", min=1, rich_help_panel=_PROMPTS)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write prompts and answers to this JSONL file.", rich_help_panel=_PROMPTS)
+    ] = None,
+    compare_base: Annotated[
+        bool,
+        typer.Option("--compare-base", help="Answer without the edit too, side by side.", rich_help_panel=_WRITING),
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_WRITING)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, above 0 samples.", rich_help_panel=_WRITING)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this share.", rich_help_panel=_WRITING)
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes written tokens less likely.", rich_help_panel=_WRITING)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=_WRITING)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts of one forward pass.", rich_help_panel=_WRITING)] = 8,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System message; default: that of training.", rich_help_panel=_PROMPTS)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model; default: the one it was trained on.", rich_help_panel=_MODEL)
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Data type; default: as trained.", rich_help_panel=_MODEL)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.", rich_help_panel=_MODEL)
+    ] = None,
+) -> None:
+    """Answer prompts with an adapter."""
+    from reftune.inference.generation import GenerationSettings, generate_answers
+    from reftune.inference.loading import load_edited
+    from reftune.inference.prompts import PromptRow, read_prompts, to_jsonl
+    from reftune.runs import readable_disk_errors, write_text
+
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, repetition_penalty, batch_size, seed)
+    rows = [PromptRow(text, {"prompt": text}) for text in prompt or []]
+    if any(not row.prompt.strip() for row in rows):
+        raise ReftuneError("--prompt is empty: write a prompt.")
+    if prompts_file is not None:
+        rows += read_prompts(prompts_file, column, limit_rows)
+    if not rows:
+        raise ReftuneError("There is nothing to answer: give --prompt TEXT or --prompts-file FILE.")
+
+    edited = load_edited(folder, model=model, dtype=dtype, device=device, system_prompt=system_prompt)
+    prompts = [row.prompt for row in rows]
+    answers = generate_answers(edited, prompts, settings)
+    console = Console()
+    if out is None and not compare_base:  # each as soon as it is there
+        for row, answer in zip(rows, answers, strict=True):
+            if len(rows) > 1:
+                console.print(f"> {_shown(row.prompt)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+            console.print(answer.text, markup=False, highlight=False, soft_wrap=True)
+        return
+    written = [answer.text for answer in answers]
+    plain = [answer.text for answer in generate_answers(edited, prompts, settings, base=True)] if compare_base else None
+    if plain is not None:
+        from reftune.cli.results import side_by_side
+
+        console.print(side_by_side([_shown(p) for p in prompts], plain, written))
+    if out is not None:
+        records = [{**row.row, "answer": text} for row, text in zip(rows, written, strict=True)]
+        if plain is not None:
+            records = [{**record, "base_answer": text} for record, text in zip(records, plain, strict=True)]
+        with readable_disk_errors(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, to_jsonl(records))
+        console.print(f"{len(records)} answers in {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(prompt: object) -> str:
+    """The prompt as text; of a conversation, its last turn."""
+    return prompt if isinstance(prompt, str) else prompt[-1].content  # type: ignore[index]

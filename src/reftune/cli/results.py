@@ -1,0 +1,53 @@
+"""Tables that several commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from reftune.runs import TrainedRun
+
+
+def print_training(run: TrainedRun, console: Console) -> None:
+    """What training came to, and the commands that come next."""
+    metrics = run.metrics
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("trainable parameters", f"{metrics['trainable_parameters']:,}")
+    if run.losses:
+        table.add_row(
+            "training loss", f"{run.losses[0]:.4f} -> {run.losses[-1]:.4f} (mean {metrics['train_loss']:.4f})"
+        )
+    if metrics["eval_loss"] is not None:
+        table.add_row("held-out loss", f"{metrics['eval_loss']:.4f}")
+    table.add_row("seconds", f"{sum(metrics['epoch_seconds']):.1f}")
+    table.add_row("tokens a second", f"{metrics['tokens_per_second']:,.0f}")
+    console.print(table)
+    console.print(
+        f"Saved in {run.folder}. Try it: reftune chat {run.folder}", soft_wrap=True, highlight=False, markup=False
+    )
+
+
+def side_by_side(
+    prompts: Sequence[str],
+    base: Sequence[str],
+    edited: Sequence[str],
+    title: str | None = None,
+    marks: tuple[Sequence[bool], Sequence[bool]] | None = None,
+) -> Table:
+    """Base and edited answers to the same prompts; `marks` says which of each are in style."""
+    table = Table(title=title, title_justify="left", show_lines=True, expand=True)
+    for name, ratio in (("prompt", 2), ("base", 4), ("edited", 4)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    for index, prompt in enumerate(prompts):
+        cells = [Text(base[index].strip()), Text(edited[index].strip())]
+        if marks is not None:
+            for cell, in_style in zip(cells, marks, strict=True):
+                if in_style[index]:
+                    cell.append(" [in style]", "green")
+        table.add_row(Text(prompt.strip()), *cells)
+    return table

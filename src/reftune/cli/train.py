@@ -1,0 +1,35 @@
+"""`reftune train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from reftune.cli.app import app
+from reftune.cli.flags import with_flags
+from reftune.recipes import field_type, recipe_fields, resolve_recipe
+
+
+def train(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="YAML recipe, or the output folder of an earlier run. Flags override its keys."),
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Train an adapter and write it, with its metrics, loss curve, recipe and card, into --output.
+
+    Every flag is also a key of the recipe, with underscores (gradient_accumulation: 4).
+    """
+    resolved = resolve_recipe(recipe, flags)  # before the libraries are loaded: a wrong flag is told at once
+    from reftune.cli.results import print_training
+    from reftune.runs import run_training
+
+    console = Console()
+    print_training(run_training(resolved), console)
+
+
+app.command("train")(with_flags(train, recipe_fields(), field_type))

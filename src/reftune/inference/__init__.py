@@ -1,0 +1,1 @@
+"""Answers from an adapter: loading its folder, generating, chatting."""

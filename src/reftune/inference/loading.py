@@ -1,0 +1,100 @@
+"""Load an adapter folder with its base model, its tokenizer and the prompt format that it was trained with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from reftune import models
+from reftune.checkpoint import check_weights_file, load_adapter, read_adapter_config
+from reftune.data.tokenising import Encoding
+from reftune.errors import ReftuneError
+from reftune.recipes import RUN_FILE, read_yaml
+
+logger = logging.getLogger(__name__)
+
+_NO_LIMIT = 10_000_000
+"""Tokenizers without a limit state an enormous one."""
+
+
+@dataclass(frozen=True)
+class EditedModel:
+    """A base model with an adapter on it, and how it is spoken to.
+
+    Attributes:
+        model: the PEFT model, in evaluation mode; `model.disable_adapter()` gives the base.
+        tokenizer: the base model's.
+        encoding: how prompts become tokens, as in training; its limit is the model's context.
+        folder: where the adapter came from; None for one that was just trained.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    encoding: Encoding
+    folder: Path | None = None
+
+
+def load_edited(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantization: Any = None,
+    template: str | None = None,
+    system_prompt: str | None = None,
+) -> EditedModel:
+    """Load an adapter folder onto its base model.
+
+    Args:
+        folder: an output folder of `reftune train`, one of its checkpoints, or an adapter that PEFT saved.
+        model: another name or folder of the base model than the one recorded.
+        dtype: as in training where None.
+        device: the best there is where None.
+        quantization: as in training where None.
+        template: another than in training (see `data.templates`).
+        system_prompt: another than in training.
+
+    Raises:
+        ReftuneError: the folder, its files or its base model cannot be used.
+    """
+    folder = Path(folder).expanduser()
+    config = read_adapter_config(folder)
+    check_weights_file(folder)
+    recorded = recorded_run(folder)
+    trained_on = config.get("base_model_name_or_path") or recorded.get("model")
+    name = model or trained_on
+    if not name:
+        raise ReftuneError(f"{folder} does not say which base model it belongs to: name it with --model.")
+    base, tokenizer = models.load(
+        name, dtype or recorded.get("dtype"), device, quantization=quantization or recorded.get("quantization")
+    )
+    edited = load_adapter(base, folder)
+    edited.eval()
+    encoding = Encoding(
+        tokenizer,
+        template if template is not None else recorded.get("template"),
+        system_prompt if system_prompt is not None else recorded.get("system_prompt"),
+        on_long_prompt="error",
+    )
+    return EditedModel(edited, tokenizer, within_context(encoding, base), folder)
+
+
+def recorded_run(folder: Path) -> dict[str, Any]:
+    """The `run.yaml` of an output folder, or of the one that a checkpoint lies in; empty where there is none."""
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        if (place / RUN_FILE).is_file():
+            return read_yaml(place / RUN_FILE)
+    return {}
+
+
+def within_context(encoding: Encoding, base: Any) -> Encoding:
+    """The encoding with the model's context as its limit, not the row length of training."""
+    stated = [encoding.tokenizer.model_max_length, getattr(base.config, "max_position_embeddings", None)]
+    limits = [int(limit) for limit in stated if isinstance(limit, int) and 2 <= limit < _NO_LIMIT]
+    return replace(encoding, max_length=min(limits) if limits else None)

@@ -1,0 +1,359 @@
+"""`TrainRecipe`: everything that decides a training run. Flags, YAML keys and `run.yaml` are all read off its fields.
+
+To add an option: one field here with its help, and the line in `runs` (or in one of the methods below) that uses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers.trainer_utils import SchedulerType
+
+from reftune.config import ReftConfig
+from reftune.data.tokenising import Encoding
+from reftune.edits import available_edits
+from reftune.errors import ReftuneError
+from reftune.models import BUNDLED
+from reftune.positions import parse_positions
+
+RUN_FILE = "run.yaml"
+DEMO_DATA = "demo"
+_PER_CALL = ("resume", "overwrite", "show")
+"""Fields that say what one call does and not what is trained: `run.yaml` leaves them at their defaults."""
+
+
+def _option(default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = ()) -> Any:
+    """A field with its help. `aka`: what other libraries call it, so that an unknown key can name ours."""
+    return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka})
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """What to train, on what, and where to write it; validated when made.
+
+    Raises:
+        ReftuneError: naming the field, its value and the way out.
+    """
+
+    train_file: str = _option(
+        "",
+        "Data",
+        "CSV, TSV, JSON, JSONL or Parquet file, Hub dataset name, or 'demo' (the bundled pirate).",
+        aka=("data",),
+    )
+    eval_file: str | None = _option(None, "Data", "File of held-out rows; the best checkpoint by their loss is kept.")
+    eval_fraction: float = _option(0.0, "Data", "Hold out this share of the training rows.", "share, 0 to 1")
+    split: str = _option("train", "Data", "Split of a Hub dataset.")
+    columns: str | dict[str, str] | None = _option(
+        None, "Data", "Names of your columns: prompt=question,completion=answer.", "field=column,..."
+    )
+    limit_rows: int | None = _option(None, "Data", "Read only the first rows of each file.", "rows", ("max_samples",))
+    template: str | None = _option(
+        None, "Data", "Text around a prompt, with one %s or {prompt}; default: the tokenizer's chat template."
+    )
+    system_prompt: str | None = _option(None, "Data", "System message for rows without one.")
+    max_length: int | None = _option(
+        None, "Data", "Longest row, prompt and completion; default: the model's limit.", "tokens", ("max_seq_length",)
+    )
+    long_prompts: Literal["error", "truncate"] = _option(
+        "error", "Data", "A prompt that does not fit: 'error' names its row, 'truncate' drops its beginning."
+    )
+    model: str = _option(
+        BUNDLED,
+        "Model",
+        "Base model: 'smollm2' (bundled), a local folder, a .gguf file or a Hub name.",
+        aka=("base_model",),
+    )
+    dtype: str | None = _option(
+        None, "Model", "float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32.", aka=("torch_dtype",)
+    )
+    device: str | None = _option(None, "Model", "cpu, cuda, cuda:1, mps; default: the best there is.")
+    quantization: Literal["4bit", "8bit"] | None = _option(None, "Model", "Load the base in 4 or 8 bits (CUDA).")
+    method: str = _option("loreft", "Adapter", f"The edit: {', '.join(available_edits())}, or a registered name.")
+    rank: int = _option(4, "Adapter", "Dimensions of the edited subspace.", "dimensions", ("r", "low_rank_dimension"))
+    layers: str | int | list[int] = _option(
+        "all",
+        "Adapter",
+        "Layers to edit, from 0: 8, 3,9,18 or all; -1 is the last.",
+        "layer numbers",
+        ("layers_to_transform",),
+    )
+    positions: str = _option(
+        "l1", "Adapter",
+        "Tokens to edit: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token.",
+        aka=("position",),
+    )  # fmt: skip
+    component: str = _option(
+        "block_output", "Adapter", "Where in the layer: block_output, mlp_output, attention_output, ..."
+    )
+    share_weights: bool = _option(True, "Adapter", "One edit for the first and the last tokens, or one for each.")
+    dropout: float = _option(
+        0.0, "Adapter", "Chance that an element of the edit is dropped in training.", "share, 0 to 1"
+    )
+    act_fn: str | None = _option(None, "Adapter", "Activation inside the edit (relu, gelu, ...); default: linear.")
+    init: Literal["identity", "paper"] = _option(
+        "identity", "Adapter", "Start as the base model ('identity') or at random as the paper's code ('paper')."
+    )
+    epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
+    batch_size: int = _option(8, "Training", "Rows of one forward pass.", "rows", ("per_device_train_batch_size",))
+    gradient_accumulation: int = _option(
+        1, "Training", "Forward passes of one optimiser step.", "passes", ("gradient_accumulation_steps",)
+    )
+    lr: float = _option(
+        4e-3, "Training", "Peak learning rate: 4e-3 suits a few layers, 9e-4 all.", "per step", ("learning_rate",)
+    )
+    warmup_ratio: float = _option(
+        0.0, "Training", "Share of the steps in which the learning rate rises.", "share, 0 to 1"
+    )
+    weight_decay: float = _option(0.0, "Training", "Weight decay of AdamW.", "per step")
+    schedule: str = _option(
+        "linear", "Training", "How the learning rate falls: linear, cosine, constant, ...", aka=("lr_scheduler_type",)
+    )
+    max_grad_norm: float = _option(1.0, "Training", "Clip the gradient to this norm.", "norm")
+    gradient_checkpointing: bool = _option(
+        False, "Training", "Recompute activations in backward: less memory, more time."
+    )
+    seed: int = _option(42, "Training", "Seed of initialisation, row order, dropout and held-out rows.")
+    log_every: int | None = _option(
+        None, "Training", "Log the loss so often; default: about 100 times.", "steps", ("logging_steps",)
+    )
+    output: str = _option("out", "Output", "Folder of the adapter, its metrics, curve and card.", aka=("output_dir",))
+    resume: bool = _option(False, "Output", "Go on from the newest whole checkpoint in the output folder.")
+    overwrite: bool = _option(False, "Output", "Start again although the output folder holds an unfinished run.")
+    show: int = _option(0, "Output", "Print so many tokenised rows first, edited and learnt tokens marked.", "rows")
+    tensorboard: bool = _option(True, "Output", "Write TensorBoard logs to <output>/runs.")
+    wandb: bool = _option(False, "Output", "Log to Weights & Biases.")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, _coerce(item, getattr(self, item.name)))
+        if not self.train_file:
+            raise ReftuneError("There is nothing to train on: give --train-file FILE (or the key train_file).")
+        object.__setattr__(self, "layers", read_layers(self.layers))
+        object.__setattr__(self, "positions", parse_positions(self.positions).text)
+        object.__setattr__(self, "columns", read_columns(self.columns))
+        for name in ("rank", "batch_size", "gradient_accumulation", "limit_rows", "log_every"):
+            self._at_least(name, 1)
+        for name in ("seed", "show", "weight_decay", "max_grad_norm"):
+            self._at_least(name, 0)
+        for name in ("epochs", "lr"):
+            if getattr(self, name) <= 0:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0.")
+        for name in ("eval_fraction", "warmup_ratio", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 0 and below 1.")
+        if self.eval_file and self.eval_fraction:
+            raise ReftuneError("eval_file and eval_fraction are both given: held-out rows come from one of them.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ReftuneError(f"max_length={self.max_length}: a row needs a prompt token and a label, so at least 2.")
+        schedules = [kind.value for kind in SchedulerType]
+        if self.schedule not in schedules:
+            raise ReftuneError(f"schedule={self.schedule!r}: choose one of {', '.join(schedules)}.")
+        self.adapter_config()
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ReftuneError(f"{name}={value}: must be at least {least}.")
+
+    def adapter_config(self) -> ReftConfig:
+        """The adapter as PEFT takes it."""
+        layers: Any = self.layers
+        return ReftConfig(
+            method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
+            positions=self.positions, share_weights=self.share_weights, dropout=self.dropout, act_fn=self.act_fn,
+            init=self.init, task_type="CAUSAL_LM",
+        )  # fmt: skip
+
+    def encoding(self, tokenizer: Any) -> Encoding:
+        """How rows become tokens."""
+        return Encoding(tokenizer, self.template, self.system_prompt, self.max_length, self.long_prompts)
+
+    def full_path(self, name: str) -> Any:
+        """A field that may be a local path, in full where it is one; a Hub name or None stays."""
+        value = getattr(self, name)
+        if not value or value in (DEMO_DATA, BUNDLED) or not Path(value).expanduser().exists():
+            return value
+        return str(Path(value).expanduser().resolve())
+
+    def to_yaml(self) -> str:
+        """The recipe as `run.yaml` holds it: every key, local files by their full path, ready to run again anywhere."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _PER_CALL}
+        values |= {name: self.full_path(name) for name in ("train_file", "eval_file", "model")}
+        values["output"] = str(Path(self.output).expanduser().resolve())
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_fields() -> list[Field[Any]]:
+    """The fields in order: what a command line or a table of options is made from."""
+    return list(fields(TrainRecipe))
+
+
+def field_type(item: Field[Any]) -> Any:
+    """A field's type, `str | None` for instance, as an object."""
+    return typing.get_type_hints(TrainRecipe)[item.name]
+
+
+def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> TrainRecipe:
+    """Make a recipe from a YAML file and flags, which win.
+
+    Args:
+        path: a recipe, or a folder with a `run.yaml`; None for flags alone.
+        flags: values by field name; None means "not given".
+
+    Raises:
+        ReftuneError: a file that is missing or not YAML, a key that does not exist, a value out of range.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    if path is None:
+        return TrainRecipe(**given)
+    path = Path(path).expanduser()
+    path = path / RUN_FILE if path.is_dir() else path
+    values = read_yaml(path)
+    check_keys(values, path)
+    merged = {name: value for name, value in values.items() if name not in given}
+    if "eval_file" in given:
+        merged.pop("eval_fraction", None)
+    if "eval_fraction" in given:
+        merged.pop("eval_file", None)
+    try:
+        return TrainRecipe(**{**merged, **given})
+    except ReftuneError as error:
+        if any(str(error).startswith((f"{name}=", f"{name} ")) for name in merged):
+            raise ReftuneError(f"{path}: {error}") from None
+        raise
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ReftuneError: no such file, not YAML, or no mapping.
+    """
+    if not path.is_file():
+        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
+        near = f"; near it: {', '.join(close)}" if close else ""
+        raise ReftuneError(f"recipe {path}: there is no such file{near}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ReftuneError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ReftuneError(f"recipe {path} holds a {type(values).__name__}; write one `key: value` a line.")
+    return {str(key): value for key, value in values.items()}
+
+
+def check_keys(values: Mapping[str, Any], path: Path) -> None:
+    """Refuse keys that are no fields.
+
+    Raises:
+        ReftuneError: naming the file, the key and the fields near it.
+    """
+    names = {item.name: item.metadata["aka"] for item in recipe_fields()}
+    for key in values:
+        if key in names:
+            continue
+        known_as = [name for name, others in names.items() if key in others]
+        dashed = key.replace("-", "_")
+        close = known_as or ([dashed] if dashed in names else difflib.get_close_matches(dashed, names, n=3, cutoff=0.5))
+        way_out = f"did you mean {' or '.join(close)}?" if close else f"the keys are: {', '.join(names)}."
+        raise ReftuneError(f"recipe {path}: unknown key {key!r}; {way_out}")
+
+
+def read_layers(value: Any) -> int | list[int] | Literal["all"]:
+    """`"8"`, `8`, `"3,9,18"`, `[3, 9, 18]` or `"all"`, negatives from the end.
+
+    Raises:
+        ReftuneError: anything else.
+    """
+    if isinstance(value, str) and value.strip().lower() == "all":
+        return "all"
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    try:
+        numbers = [int(str(part).strip()) for part in parts]
+    except ValueError:
+        numbers = []
+    if not numbers or any(isinstance(part, bool) for part in parts):
+        raise ReftuneError(f"layers={value!r}: write a layer number (8), several (3,9,18) or all; -1 is the last.")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def read_columns(value: Any) -> dict[str, str] | None:
+    """`"prompt=question,completion=answer"` or a mapping.
+
+    Raises:
+        ReftuneError: a part without `=`.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): str(column) for name, column in value.items()}
+    found: dict[str, str] = {}
+    for part in str(value).split(","):
+        name, equals, column = part.partition("=")
+        if not equals or not name.strip() or not column.strip():
+            raise ReftuneError(f"columns={value!r}: write field=column, as in prompt=question,completion=answer.")
+        found[name.strip()] = column.strip()
+    return found
+
+
+def with_output(recipe: TrainRecipe, output: str | os.PathLike[str]) -> TrainRecipe:
+    """The same recipe, writing elsewhere."""
+    return replace(recipe, output=str(output))
+
+
+def default_text(item: Field[Any]) -> str | None:
+    """A default as a reader writes it; None where there is none."""
+    if item.default is MISSING or item.default in (None, ""):
+        return None
+    return f"{item.default:g}" if isinstance(item.default, float) else str(item.default)
+
+
+def _coerce(item: Field[Any], value: Any) -> Any:
+    """The value as the field's type, where it can only be meant so (`4e-3` is text to YAML)."""
+    kinds = typing.get_type_hints(TrainRecipe)[item.name]
+    options = (
+        typing.get_args(kinds)
+        if isinstance(kinds, types.UnionType) or typing.get_origin(kinds) is typing.Union
+        else (kinds,)
+    )
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ReftuneError(f"{item.name}=null: give a value, or leave the key out (default {default_text(item)}).")
+    wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is Literal:
+        choices = typing.get_args(wanted)
+        text = {4: "4bit", 8: "8bit"}.get(value, value) if item.name == "quantization" else value
+        if text not in choices:
+            raise ReftuneError(f"{item.name}={value!r}: choose {' or '.join(choices)}.")
+        return text
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise ReftuneError(f"{item.name}={value!r}: write true or false.")
+        return value
+    if wanted in (int, float):
+        unit = f" of {item.metadata['unit']}" if item.metadata["unit"].isalpha() else ""
+        try:
+            number = float(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or number != number or (wanted is int and not number.is_integer()):
+            what = "a whole number" if wanted is int else "a number"
+            raise ReftuneError(f"{item.name}={value!r}: give {what}{unit}.")
+        return int(number) if wanted is int else number
+    if len(options) == 1 or options == (str, type(None)):
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise ReftuneError(f"{item.name}={value!r}: give text.")
+        return str(value)
+    return value
