@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reftune.causal.interchange import Run, call, intervene
@@ -69,6 +70,19 @@ class Recording:
                 for handle in handles:
                     handle.remove()
 
+    @classmethod
+    def in_chunks(cls, model: nn.Module, what: Run, stack: Stack, layer: int, rows: int) -> Recording:
+        """The output of one layer for a run of many rows without interventions, made of runs of ``rows`` rows."""
+        batch = batch_of(what)
+        whole = cls(model, what, stack, [])
+        parts: list[Any] = []
+        for start in range(0, batch, rows):
+            chunk = slice(start, start + rows)
+            part = Run(picked_inputs(what, lambda tensor, chunk=chunk: tensor[chunk]))
+            parts.append((cls(model, part, stack, [layer])._outputs[layer], min(rows, batch - start)))
+        whole._outputs[layer] = _joined(parts)
+        return whole
+
     @contextmanager
     def resume(self, first: int, pick: Pick) -> Iterator[None]:
         """Within the block, compute only from block ``first`` on; **shadows the forward of the blocks below**.
@@ -101,6 +115,16 @@ class Recording:
         if isinstance(output, (tuple, list)):
             return type(output)(self._picked(part, pick) for part in output)
         return output
+
+
+def _joined(parts: list[tuple[Any, int]]) -> Any:
+    """One output of several chunks', given with their numbers of rows."""
+    first, rows = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([part for part, _ in parts]) if first.ndim and first.shape[0] == rows else first
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined([(part[i], n) for part, n in parts]) for i in range(len(first)))
+    return first
 
 
 def _replay(output: Any) -> Callable[..., Any]:

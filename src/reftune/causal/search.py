@@ -1,0 +1,91 @@
+"""Where does a variable live? Alignments for every layer and position, the positions of a layer trained side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from reftune.causal.accuracy import InterchangeAccuracy, interchange_accuracies
+from reftune.causal.aligned import Aligned
+from reftune.causal.alignment import Alignment
+from reftune.causal.interchange_data import InterchangeData
+from reftune.causal.locations import Indices, Location
+from reftune.causal.patching import HeatMap
+from reftune.causal.training import DEFAULT, AlignOptions, align_cells
+from reftune.errors import ReftuneError
+from reftune.sites import find_sites
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        heat_map: IIA by layer and position.
+        accuracies: with every variable's part, by (layer, column).
+        aligned: the trained alignments, by (layer, column).
+    """
+
+    heat_map: HeatMap
+    accuracies: dict[tuple[int, str], InterchangeAccuracy]
+    aligned: dict[tuple[int, str], Aligned]
+
+    def best(self) -> tuple[Aligned, InterchangeAccuracy]:
+        """The alignment with the greatest IIA."""
+        key = max(self.accuracies, key=lambda k: self.accuracies[k].overall)
+        return self.aligned[key], self.accuracies[key]
+
+
+def search(
+    model: nn.Module,
+    make: Callable[[int], Alignment],
+    train: InterchangeData,
+    test: InterchangeData,
+    *,
+    component: str = "block_output",
+    layers: int | Sequence[int] | Literal["all"] = "all",
+    positions: Sequence[Indices] = (None,),
+    labels: Sequence[str] | None = None,
+    options: AlignOptions = DEFAULT,
+    choices: Sequence[int] | None = None,
+    at_once: int = 8,
+) -> SearchResult:
+    """Train an alignment at every layer and position, and measure it on other examples.
+
+    Args:
+        model: the network, in evaluation mode.
+        make: builds a fresh alignment of a given width.
+        train, test: interchanges to learn from, and to measure by.
+        component, layers: where; of a module path with ``{layer}`` as well.
+        positions: the columns of the map.
+        labels: their names.
+        options, choices: as for ``align``.
+        at_once: so many positions of a layer share forwards.
+
+    Returns:
+        The heat map of IIA, the alignments, and every variable's accuracy.
+    """
+    names = [str(p) for p in positions] if labels is None else list(labels)
+    if len(names) != len(positions) or not positions:
+        raise ReftuneError(f"{len(names)} labels for {len(positions)} positions")
+    accuracies: dict[tuple[int, str], InterchangeAccuracy] = {}
+    found: dict[tuple[int, str], Aligned] = {}
+    numbers: list[int] = []
+    for site in find_sites(model, component, layers):  # type: ignore[arg-type]
+        layer = 0 if site.layer is None else site.layer
+        numbers.append(layer)
+        cells = [[Aligned(Location(component, site.layer, p), make(site.width))] for p in positions]
+        for start in range(0, len(cells), at_once):
+            part = cells[start : start + at_once]
+            align_cells(model, part, train, options, choices)
+            measured = interchange_accuracies(model, part, test, choices)
+            for name, cell, accuracy in zip(names[start : start + at_once], part, measured, strict=True):
+                accuracies[layer, name], found[layer, name] = accuracy, cell[0]
+    values = torch.tensor([[accuracies[layer, name].overall for name in names] for layer in numbers])
+    rows = [str(layer) for layer in numbers]
+    heat_map = HeatMap(values, rows, names, values[..., None], "interchange intervention accuracy")
+    return SearchResult(heat_map, accuracies, found)
