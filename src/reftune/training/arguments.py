@@ -71,6 +71,19 @@ class ReftTrainingArguments(TrainingArguments):
         metadata={"help": "Compute logits only where the next token is supervised: the same loss, less work."},
     )
 
+    prefix_reuse: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute what the edit leaves alone once instead of in every step: 'auto' where it is exact and "
+            "useful, 'on' (an error where it is not), 'off'.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+    prefix_cache_gib: float | None = field(
+        default=None,
+        metadata={"help": "Memory for prefix reuse in GiB; by default a quarter of what is free. As much again on disk."},
+    )
+
     def __post_init__(self) -> None:
         """Validate as transformers does; without TensorBoard installed, say so and go on without it."""
         if self.report_to == "tensorboard" and not is_tensorboard_available():

@@ -31,6 +31,7 @@ from reftune.training.checkpoints import (
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.loss import completion_loss
 from reftune.training.progress import ProgressBarCallback
+from reftune.training.prefix_reuse import PrefixSwitch
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
 from reftune.training.supervised_logits import (
@@ -59,7 +60,7 @@ class ReftTrainer(Trainer):
     Args:
         model: a `PeftModel` with a ReFT adapter, or any other that Trainer takes.
         args: `ReftTrainingArguments`; plain `TrainingArguments` get the supervised logits too.
-        data_collator: by default `CompletionCollator`, padding with the tokenizer's pad token on its padding side.
+        data_collator: by default `CompletionCollator`, padding with the tokenizer's pad token on the right.
         **kwargs: Trainer's other arguments.
     """
 
@@ -78,7 +79,7 @@ class ReftTrainer(Trainer):
         if args is None:
             args = ReftTrainingArguments(output_dir="reft-output")
         if data_collator is None and getattr(processing_class, "pad_token_id", None) is not None:
-            data_collator = CompletionCollator(processing_class.pad_token_id, processing_class.padding_side)
+            data_collator = CompletionCollator(processing_class.pad_token_id)
         self.throughput = ThroughputCallback()
         self._interrupts = InterruptCallback()
         self._progress: ProgressBarCallback | None = None
@@ -92,6 +93,7 @@ class ReftTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
+        self.prefixes = self._prefix_switch()
         for callback in (_TrainBegins(self), self.throughput, self._interrupts):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -114,7 +116,8 @@ class ReftTrainer(Trainer):
         if not self._uses_supervised_logits(model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         try:
-            found = supervised_forward(model, inputs)
+            with self.prefixes.batch(model, inputs) as arguments:
+                found = supervised_forward(model, arguments)
         except SupervisedLogitsError as error:
             self._go_plain(model, str(error))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -123,6 +126,17 @@ class ReftTrainer(Trainer):
             # Gradients are averaged over processes, though the sum was divided by the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, found.outputs) if return_outputs else loss
+
+    def _prefix_switch(self) -> PrefixSwitch:
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        switch = PrefixSwitch(
+            getattr(self.args, "prefix_reuse", "auto"),
+            getattr(self.args, "prefix_cache_gib", None),
+            [self.train_dataset, *evaluated],
+        )
+        if self.args.neftune_noise_alpha:
+            switch.switch_off("NEFTune changes the embeddings in every step")
+        return switch
 
     def _uses_supervised_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         labels = inputs.get("labels")
@@ -139,6 +153,8 @@ class ReftTrainer(Trainer):
 
     def _go_plain(self, model: nn.Module, reason: str) -> None:
         self._plain_reasons[id(plain_model(model))] = reason
+        if self.prefixes.status == "on":
+            self.prefixes.switch_off(reason)
         logger.warning("Logits are computed at every position, not only where they are learned: %s.", reason)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -217,6 +233,7 @@ class ReftTrainer(Trainer):
         """Choose the epoch's row order (accelerate does so on one process, not through every wrapper on several)."""
         if self._sampler is not None:
             self._sampler.set_epoch(int(self.state.epoch or 0))
+        self.prefixes.next_pass()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -313,7 +330,8 @@ class ReftTrainer(Trainer):
         Returns:
             train_loss (mean over the steps), eval_loss (of the best checkpoint where that was loaded, else the last;
             None without evaluation), epoch_seconds (a list; training alone, a broken-off epoch not counted),
-            tokens_per_second, tokens, steps, trainable_parameters, peak_memory_bytes, prefix_reuse.
+            tokens_per_second, tokens, steps, trainable_parameters, peak_memory_bytes, prefix_reuse ("on", or "off" with
+            the reason), prefix_store (entries, bytes, hits).
         """
         history = self.state.log_history
         summary = next((entry["train_loss"] for entry in reversed(history) if "train_loss" in entry), None)
@@ -331,7 +349,8 @@ class ReftTrainer(Trainer):
             "steps": self.state.global_step,
             "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "peak_memory_bytes": peak_memory_bytes(),
-            "prefix_reuse": "off",
+            "prefix_reuse": self.prefixes.status,
+            "prefix_store": self.prefixes.summary(),
         }
 
     def _mean_loss(self, this_call: float) -> float:

@@ -1,0 +1,184 @@
+"""Running some of a model's blocks: those before the first edit once, those after it in every step.
+
+What stands between ``first`` and ``stop`` runs; every other block is stood in for by a ``KnownBlock`` for the length of a
+``with`` block. The list keeps its length and order, because models choose masks and cache layers by a block's index.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_HOOK_TABLES = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
+class KnownBlock(nn.Module):
+    """Stands in for a block whose output is known, or need not be.
+
+    Args:
+        block: the block it stands for, whose other attributes it answers with.
+        output: the block's output; None passes the input on.
+        with_hooks: whether the block's own hooks run on the output (so that an edit of it is applied).
+        as_tuple: the length of the tuple that the block returns, 0 where it returns a tensor.
+    """
+
+    def __init__(self, block: nn.Module, output: Tensor | None, with_hooks: bool, as_tuple: int) -> None:
+        super().__init__()
+        self._block = (block,)
+        self._output = output
+        self._as_tuple = as_tuple
+        if with_hooks:
+            for table in _HOOK_TABLES:
+                setattr(self, table, getattr(block, table))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The known output, in the form that the block returns it."""
+        output = hidden_states if self._output is None else self._output
+        return (output, *[None] * (self._as_tuple - 1)) if self._as_tuple else output
+
+
+@contextmanager
+def only_blocks(
+    blocks: nn.ModuleList, first: int, stop: int, entering: Tensor | None, with_hooks: bool, as_tuple: int
+) -> Iterator[None]:
+    """Let only the blocks from ``first`` to before ``stop`` run; **changes the list, and always restores it**.
+
+    Args:
+        blocks: a stack's list.
+        first, stop: indices.
+        entering: the hidden state that enters block ``first``, (batch, sequence, hidden); None lets it come from below.
+        with_hooks: whether the hooks of block ``first - 1`` run on ``entering``.
+        as_tuple: as in ``KnownBlock``.
+    """
+    originals = dict(blocks._modules)
+    try:
+        for index, (name, block) in enumerate(originals.items()):
+            assert block is not None
+            if not first <= index < stop:
+                last_known = index == first - 1
+                known = entering if last_known else None
+                blocks._modules[name] = KnownBlock(block, known, with_hooks and last_known, as_tuple)
+        yield
+    finally:
+        blocks._modules.update(originals)
+
+
+@contextmanager
+def output_of(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect a block's hidden states while the context lasts; **installs a hook, and always removes it**."""
+    found: list[Tensor] = []
+    handle = block.register_forward_hook(
+        lambda module, args, output: found.append(output[0] if isinstance(output, (tuple, list)) else output)
+    )
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def build_cache(
+    config: Any, prefix: Float[Tensor, "layers two batch heads tokens dim"], first: int
+) -> DynamicCache | None:
+    """A fresh cache that holds a prefix; a forward writes into it, so each forward takes its own.
+
+    Args:
+        config: the model's configuration, which says what kind of layer each is.
+        prefix: keys and values of the layers from ``first`` on (there may be no such layer).
+        first: layers below it get keys of the right length that take no memory: they never run, but a model asks the
+            first layer for the length.
+
+    Returns:
+        The cache, or None for an empty prefix.
+    """
+    batch, heads, tokens, dim = prefix.shape[2:]
+    if tokens == 0:
+        return None
+    cache = DynamicCache(config=config)
+    unread = prefix.new_zeros(1).expand(batch, heads, tokens, dim)
+    for index, layer in enumerate(cache.layers):
+        keys, values = (prefix[index - first, 0], prefix[index - first, 1]) if index >= first else (unread, unread)
+        layer.lazy_initialization(keys, values)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = tokens
+            keys, values = (x[..., max(0, tokens - layer.sliding_window + 1) :, :] for x in (keys, values))
+        layer.keys, layer.values = keys, values
+    return cache
+
+
+class WholeCache(DynamicCache):
+    """A cache whose sliding layers keep every token they are given, so that a prefix can be read from it whole."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        for layer in self.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.record_past = True
+
+
+def cache_obstacle(config: Any) -> str | None:
+    """Why a model's cache layers cannot hold a prefix for reuse, or None."""
+    layers = DynamicCache(config=config).layers
+    kinds = {type(layer) for layer in layers}
+    if not layers or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return f"its cache has layers of other kinds than keys and values ({', '.join(sorted(k.__name__ for k in kinds))})"
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "its layers share keys and values"
+    return None
+
+
+def rope_obstacle(config: Any) -> str | None:
+    """Why a model's rotary embedding depends on the length of the row, or None."""
+    found: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if name in ("rope_type", "type"):
+                    found.add(str(inner))
+                collect(inner)
+
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("rope_parameters", "rope_scaling"):
+        collect(getattr(text, name, None))
+    changing = found & {"dynamic", "longrope"}
+    return f"its rotary embedding ({', '.join(changing)}) changes with the length of the row" if changing else None
+
+
+def missing_arguments(module: nn.Module) -> list[str]:
+    """Arguments that a partial forward needs and this module's forward does not take."""
+    names = inspect.signature(module.forward).parameters
+    return [
+        name for name in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values") if name not in names
+    ]
+
+
+def right_padded(rows: list[Tensor], width: int | None = None) -> Tensor:
+    """Stack rows (tokens, ...) of different lengths, zeros on the right: (batch, tokens, ...)."""
+    width = max(len(row) for row in rows) if width is None else width
+    padded = rows[0].new_zeros((len(rows), width, *rows[0].shape[1:]))
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
+
+
+def tail_positions(starts: Int[Tensor, " batch"], width: int) -> Int[Tensor, "batch width"]:
+    """Explicit position ids of right-padded tails that begin at ``starts``."""
+    return starts.unsqueeze(1) + torch.arange(width, device=starts.device)

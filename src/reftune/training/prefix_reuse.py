@@ -1,0 +1,536 @@
+"""Prefix reuse: what an edit leaves alone is computed once.
+
+Attention is causal and the model is frozen. Tokens before the first edited one have the same keys, values and hidden
+states in every step of every epoch, and below the first edited layer all tokens do. So per example there is stored,
+computed once without gradients:
+
+- the keys and values of the tokens before the first edited one, in the layers from the first edited one up;
+- the hidden states of the remaining tokens (the *tail*) where they enter that layer.
+
+A step then puts the prefixes side by side (padded on the left, so that they all end where the tails begin), runs only
+the tails, only from the first edited layer up, with explicit position ids, and the head only at supervised positions.
+Where an edit reads the output of a block, that block itself is constant too and its stored output is edited.
+
+Tokens that every example begins with (a system prompt, a template) are computed and stored once for all. Exact or off:
+``obstacle`` names what makes it inexact, and the first batch's logits are compared with the plain path's besides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftune.attach import Engine
+from reftune.errors import ReftuneError
+from reftune.forwards import is_causal_lm
+from reftune.positions import Positions
+from reftune.training.partial_forward import (
+    WholeCache,
+    build_cache,
+    cache_obstacle,
+    missing_arguments,
+    only_blocks,
+    output_of,
+    right_padded,
+    rope_obstacle,
+    tail_positions,
+)
+from reftune.training.prefix_store import GIB, PrefixStore
+from reftune.training.supervised_logits import plain_model, supervised_forward
+
+logger = logging.getLogger(__name__)
+
+WORTH_IT = 0.1
+"""Without a constant prefix, the share of constant layers from which on ``auto`` reuses them."""
+
+
+class PrefixReuseOff(Exception):
+    """Prefix reuse is not exact or not useful here; the message says why."""
+
+
+class OtherBatch(Exception):
+    """This one batch cannot be reduced (its rows do not begin as the training rows do); others can."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One example of a batch: its token ids, and where its first edited token stands."""
+
+    ids: Tensor
+    prompt_length: int
+    labels: Tensor
+    begin: int
+
+    def key(self, upto: int | None = None) -> bytes:
+        return self.ids[:upto].numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A batch without what is constant of it.
+
+    Attributes:
+        inputs: the model's arguments and the ``labels`` of the tails.
+        blocks, first, entering, as_tuple: as ``only_blocks`` takes them.
+    """
+
+    inputs: dict[str, Any]
+    blocks: Any
+    first: int
+    entering: Tensor | None
+    as_tuple: int
+
+    @contextmanager
+    def running(self) -> Iterator[dict[str, Any]]:
+        """The arguments of a forward, which must run inside the ``with`` block; backward may run after it."""
+        with only_blocks(self.blocks, self.first, len(self.blocks), self.entering, True, self.as_tuple):
+            yield self.inputs
+
+
+class PrefixReuse:
+    """Turns a batch into the part of it that training changes.
+
+    Args:
+        model: a causal language model with ReFT adapters, in any wrapping.
+        store: where results are kept.
+
+    Raises:
+        PrefixReuseOff: something here makes it inexact or useless.
+    """
+
+    def __init__(self, model: nn.Module, store: PrefixStore) -> None:
+        self.model: Any = plain_model(model)
+        engine = Engine.of(self.model)
+        if engine is None or not engine.active_positions():
+            raise PrefixReuseOff("no ReFT adapter is active")
+        self.engine = engine
+        self.store = store
+        if (reason := obstacle(self.model, engine)) is not None:
+            raise PrefixReuseOff(reason)
+        placements = [
+            found.placements[name] for found in engine.interventions.values() for name in found.active_names()
+        ]
+        self.positions: list[Positions] = list(engine.active_positions().values())
+        stack = placements[0].site.stack
+        assert stack is not None
+        self.owner: Any = self.model.get_submodule(stack.owner_path)
+        self.blocks: Any = self.model.get_submodule(stack.module_path)
+        lowest = min(p.site.layer for p in placements if p.site.layer is not None)
+        at_lowest = [p.site for p in placements if p.site.layer == lowest]
+        outputs_only = all(s.side == "output" and s.module_path == s.block_path for s in at_lowest)
+        self.first = lowest + 1 if outputs_only else lowest
+        if not self.has_prefix and self.first / len(self.blocks) < WORTH_IT:
+            raise PrefixReuseOff(
+                f"positions {', '.join(p.text for p in self.positions)} edit from the first token on, and only "
+                f"{self.first} of {len(self.blocks)} layers lie below the first edit"
+            )
+        self._as_tuple = 0
+        self._checked = False
+        self._shared = torch.empty(0, dtype=torch.long)
+        self._root: Tensor | None = None  # keys and values of the shared tokens, (layers, 2, 1, heads, tokens, dim)
+
+    def share(self, tokens: Tensor) -> None:
+        """Compute and store these tokens once for all examples, which must all begin with them."""
+        self._shared = tokens
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether the positions leave the prompt's beginning alone."""
+        return all(p.kind == "ends" and p.prefix == 0 for p in self.positions)
+
+    # A step
+
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> Reduced:
+        """Reduce a batch to its tails; what is constant of it is taken from the store, or computed and stored.
+
+        Args:
+            model: the model as the trainer calls it.
+            inputs: input_ids, attention_mask, labels and prompt_lengths of a padded batch.
+
+        Returns:
+            The reduced batch, of the same loss and gradients.
+
+        Raises:
+            PrefixReuseOff: batches of another kind, or logits that did not come out the same.
+            OtherBatch: rows that do not begin with the shared tokens.
+        """
+        rows = self._rows(inputs)
+        device = inputs["input_ids"].device
+        if not self._checked:
+            self._check(model, inputs, rows)
+        return self._reduce(rows, device)
+
+    def _rows(self, inputs: Mapping[str, Any]) -> list[_Row]:
+        unknown = set(inputs) - {"input_ids", "attention_mask", "labels", "prompt_lengths"}
+        if unknown or "prompt_lengths" not in inputs or "input_ids" not in inputs:
+            raise PrefixReuseOff(f"batches carry {sorted(unknown) or 'no prompt_lengths'}")
+        ids, labels = inputs["input_ids"].cpu(), inputs["labels"].cpu()
+        lengths = inputs["prompt_lengths"].tolist()
+        if len(lengths) != len(ids):
+            raise PrefixReuseOff("rows are packed")
+        mask = inputs.get("attention_mask")
+        attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+        if not bool(attended[:, 0].all()):
+            raise PrefixReuseOff("rows are padded on the left, where the plain path counts padding as positions")
+        rows = []
+        for row, length in enumerate(lengths):
+            own = ids[row][attended[row]]
+            begin = min(min(p.ordinals(length, len(own)), default=length) for p in self.positions)
+            shared = len(self._shared)
+            if begin < shared or not torch.equal(own[:shared], self._shared):
+                raise OtherBatch
+            rows.append(_Row(own, length, labels[row][attended[row]], begin))
+        return rows
+
+    def _reduce(self, rows: list[_Row], device: torch.device) -> Reduced:
+        prefixes, tails = self._stored_or_computed(rows, device)
+        prefix, prefix_mask = self._side_by_side(prefixes, device)
+        cache = build_cache(self.model.config, prefix, self.first)
+        begins = torch.tensor([row.begin for row in rows], device=device)
+        lengths = [len(row.ids) - row.begin for row in rows]
+        width = max(lengths)
+        tail_mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+        labels = right_padded([row.labels[row.begin :] for row in rows])
+        inputs: dict[str, Any] = {
+            "attention_mask": torch.cat([prefix_mask, tail_mask.to(device)], dim=1).long(),
+            "position_ids": tail_positions(begins, width),
+            "prompt_lengths": torch.tensor([row.prompt_length for row in rows], device=device),
+            "labels": labels.masked_fill(~tail_mask, -100).to(device),
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        entering = None
+        if self.first == 0:
+            inputs["input_ids"] = right_padded([row.ids[row.begin :] for row in rows]).to(device)
+        else:
+            entering = right_padded(tails).to(device)
+            inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
+        return Reduced(inputs, self.blocks, self.first, entering, self._as_tuple)
+
+    def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Prefixes (layers, 2, heads, tokens, dim), the shared tokens before each, left-padded; and their mask."""
+        shared = len(self._shared)
+        longest = max(shared + prefix.shape[3] for prefix in prefixes)
+        mask = torch.zeros(len(prefixes), longest, dtype=torch.bool, device=device)
+        layers, _, heads, _, dim = prefixes[0].shape
+        together = torch.zeros(layers, 2, len(prefixes), heads, longest, dim, dtype=prefixes[0].dtype, device=device)
+        for row, prefix in enumerate(prefixes):
+            start = longest - prefix.shape[3]
+            together[:, :, row, :, start:] = prefix.to(device)
+            if self._root is not None:
+                together[:, :, row, :, start - shared : start] = self._root[self.first :, :, 0]
+            mask[row, start - shared :] = True
+        return together, mask
+
+    # What is constant
+
+    def _stored_or_computed(self, rows: list[_Row], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """Each row's prefix, (layers, 2, heads, tokens after the shared ones, dim), and tail, (tokens, hidden)."""
+        prefixes: dict[bytes, Tensor] = {}
+        tails: dict[bytes, Tensor] = {}
+        missing: dict[bytes, _Row] = {}
+        for row in rows:
+            prefix, tail = self.store.get(b"p" + row.key(row.begin)), self.store.get(b"t" + row.key())
+            if prefix is not None:
+                prefixes[row.key(row.begin)] = prefix["kv"]
+            if tail is not None:
+                tails[row.key()] = tail["hidden"]
+            if prefix is None or tail is None:
+                missing[row.key()] = row
+        if missing:
+            found = list(missing.values())
+            for row, (kv, hidden) in zip(found, self._compute(found, device), strict=True):
+                self.store.put(b"p" + row.key(row.begin), {"kv": kv})
+                self.store.put(b"t" + row.key(), {"hidden": hidden})
+                prefixes[row.key(row.begin)], tails[row.key()] = kv, hidden
+        return [prefixes[row.key(row.begin)] for row in rows], [tails[row.key()] for row in rows]
+
+    @torch.no_grad()
+    def _compute(self, rows: list[_Row], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Run the base model on rows: all tokens up to the first edited layer, then the prefixes on to the last one."""
+        shared = self._shared_root(device)
+        ids = right_padded([row.ids[shared:] for row in rows]).to(device)
+        lengths = torch.tensor([len(row.ids) - shared for row in rows])
+        with self._base_alone():
+            entering: Tensor | None = None
+            if self.first > 0:
+                with output_of(self.blocks[self.first - 1]) as outputs:
+                    self._run(ids, None, lengths, 0, self.first, WholeCache(self.model.config), device)
+                entering = outputs[0]
+            lengths = torch.tensor([row.begin - shared for row in rows])
+            kept = self.first < len(self.blocks) and self.has_prefix and int(lengths.max()) > 0
+            cache = WholeCache(self.model.config)
+            if kept:
+                width = int(lengths.max())
+                part = None if entering is None else entering[:, :width]
+                self._run(ids[:, :width], part, lengths, self.first, len(self.blocks), cache, device)
+        results = []
+        for index, row in enumerate(rows):
+            own = row.begin - shared
+            if kept:
+                kv = self._stacked(cache, self.first, slice(shared, shared + own), index)
+            else:
+                kv = self._no_layers(own, device)
+            hidden = torch.empty(0) if entering is None else entering[index, own : len(row.ids) - shared]
+            results.append((kv, hidden))
+        return results
+
+    @staticmethod
+    def _stacked(cache: Any, first: int, tokens: slice, row: int) -> Tensor:
+        layers = [(layer.keys[row, :, tokens], layer.values[row, :, tokens]) for layer in cache.layers[first:]]
+        if len({x.shape for pair in layers for x in pair}) != 1:
+            raise PrefixReuseOff("its layers have keys and values of different shapes")
+        return torch.stack([torch.stack(pair) for pair in layers])
+
+    def _run(
+        self,
+        ids: Tensor,
+        entering: Tensor | None,
+        lengths: Tensor,
+        first: int,
+        stop: int,
+        cache: WholeCache,
+        device: torch.device,
+    ) -> None:
+        """Run blocks on rows that follow the shared tokens; the cache takes their keys and values."""
+        shared, (batch, width) = len(self._shared), ids.shape
+        if self._root is not None:
+            for layer, (keys, values) in zip(cache.layers, self._root, strict=True):
+                layer.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1))
+        attended = torch.arange(width) < lengths.unsqueeze(1)
+        inputs = {
+            "attention_mask": torch.cat([torch.ones(batch, shared, dtype=torch.bool), attended], dim=1).long().to(device),
+            "position_ids": tail_positions(torch.full((batch,), shared, device=device), width),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if first == 0:
+            inputs["input_ids"] = ids
+        else:
+            assert entering is not None
+            inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
+        with only_blocks(self.blocks, first, stop, entering, False, self._as_tuple):
+            self.owner(**inputs)
+
+    def _shared_root(self, device: torch.device) -> int:
+        """Compute the tokens that every example begins with, once; their number."""
+        if len(self._shared) and self._root is None:
+            cache = WholeCache(self.model.config)
+            with torch.no_grad(), self._base_alone():
+                self.owner(input_ids=self._shared.unsqueeze(0).to(device), past_key_values=cache, use_cache=True)
+            self._root = self._stacked(cache, 0, slice(0, None), 0).unsqueeze(2)
+        return len(self._shared)
+
+    def _no_layers(self, tokens: int, device: torch.device) -> Tensor:
+        """Keys and values where no layer needs any, or no token precedes the first edited one."""
+        text = self.model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        layers = len(self.blocks) - self.first
+        return torch.empty(layers, 2, heads, tokens, dim, device=device, dtype=self.model.dtype)
+
+    @contextmanager
+    def _base_alone(self) -> Iterator[None]:
+        """The base model without its edits (without dropout it is the same in training and evaluation)."""
+        found = list(self.engine.interventions.values())
+        before = [set(intervention.paused) for intervention in found]
+        try:
+            for intervention in found:
+                intervention.paused |= set(intervention.placements)
+            yield
+        finally:
+            for intervention, paused in zip(found, before, strict=True):
+                intervention.paused = paused
+
+    # Proof
+
+    @torch.no_grad()
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any], rows: list[_Row]) -> None:
+        """Compare two rows' logits with the plain path's, once; learn on the way how the blocks return their output."""
+        few = {name: value[:2] for name, value in inputs.items()}
+        forms: list[int] = []
+        handles = [
+            block.register_forward_hook(
+                lambda module, args, output: forms.append(len(output) if isinstance(output, (tuple, list)) else 0)
+            )
+            for block in self.blocks
+        ]
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()  # for the edits' own dropout
+        try:
+            plain = supervised_forward(model, few)
+            for handle in handles:
+                handle.remove()
+            if len(set(forms)) != 1:
+                raise PrefixReuseOff("its blocks return their output in different forms")
+            self._as_tuple = forms[0]
+            device = inputs["input_ids"].device
+            with self._reduce(rows[:2], device).running() as reduced:
+                again = supervised_forward(model, reduced)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes:
+                module.training = mode
+        if plain.logits.numel():
+            half = plain.logits.dtype in (torch.float16, torch.bfloat16)
+            rounding = 16 * torch.finfo(plain.logits.dtype).eps if half else 200 * torch.finfo(torch.float32).eps
+            tolerance = rounding * float(plain.logits.abs().max().clamp(min=1))
+            difference = float((plain.logits - again.logits).abs().max())
+            if not torch.equal(plain.targets, again.targets) or not difference <= tolerance:
+                raise PrefixReuseOff(
+                    f"its logits differ from the plain path's by {difference:.1e} on the first batch "
+                    f"(allowed: {tolerance:.1e})"
+                )
+        self._checked = True
+
+
+def obstacle(model: Any, engine: Engine) -> str | None:
+    """Why prefix reuse would be inexact on a model, or None."""
+    if not is_causal_lm(model):
+        return f"{type(model).__name__} is not a causal language model"
+    stacks = {
+        placement.site.stack
+        for found in engine.interventions.values()
+        for name, placement in found.placements.items()
+        if name in found.active_names()
+    }
+    if len(stacks) != 1 or None in stacks or next(iter(stacks)).name != "":  # type: ignore[union-attr]
+        return "its edits are not in the blocks of one language stack"
+    stack = next(iter(stacks))
+    assert stack is not None
+    for module in (model, model.get_submodule(stack.owner_path)):
+        if missing := missing_arguments(module):
+            return f"the forward of {type(module).__name__} takes no {', '.join(missing)}"
+    outside = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".reft_edits." not in name and ".reft_suffix_edits." not in name
+    ]
+    if outside:
+        return f"{outside[0]} trains too, so what lies above it is not constant"
+    for name, module in model.named_modules():
+        if ".intervention" in f".{name}":
+            continue
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if isinstance(rate, float) and rate > 0:
+            return f"the base model has dropout ({name}: {rate}); set it to 0, or load the base without it"
+    if getattr(model, "is_activation_checkpointing", False):
+        return "gradient checkpointing is on"
+    if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+        return "the model is spread over several devices"
+    return cache_obstacle(model.config) or rope_obstacle(model.config)
+
+
+def shared_beginning(rows: Any, positions: list[Positions]) -> Tensor:
+    """Token ids that every example begins with and no edit touches.
+
+    Args:
+        rows: examples with ``input_ids`` and ``prompt_length``; others give an empty result.
+        positions: the active positions.
+    """
+    common: list[int] | None = None
+    for row in rows:
+        ids, length = row.get("input_ids"), row.get("prompt_length")
+        if ids is None or length is None:
+            return torch.empty(0, dtype=torch.long)
+        begin = min(min(p.ordinals(int(length)), default=int(length)) for p in positions)
+        own = [int(token) for token in ids[: begin if common is None else min(begin, len(common))]]
+        common = own if common is None else common
+        same = next((i for i, (a, b) in enumerate(zip(common, own, strict=False)) if a != b), len(own))
+        common = common[:same]
+        if not common:
+            break
+    return torch.tensor(common or [], dtype=torch.long)
+
+
+class PrefixSwitch:
+    """Prefix reuse as the trainer asks for it: on where it is exact and useful, else off, with one logged reason.
+
+    Args:
+        mode: ``"auto"``, ``"on"`` (being off is then an error) or ``"off"``.
+        cache_gib: budget of host memory in GiB; None: a quarter of what is free.
+        datasets: the tokenised rows that will come, for what they all begin with.
+
+    Attributes:
+        status: ``"on"``, or ``"off"`` with the reason.
+    """
+
+    def __init__(self, mode: str, cache_gib: float | None, datasets: list[Any]) -> None:
+        if mode not in ("auto", "on", "off"):
+            raise ReftuneError(f"prefix_reuse={mode!r}: must be one of auto, on, off.")
+        if cache_gib is not None and cache_gib < 0:
+            raise ReftuneError(f"prefix_cache_gib={cache_gib}: give a size in GiB of at least 0, or leave it out.")
+        self.mode = mode
+        self.status = "off: asked for" if mode == "off" else "on"
+        self._bytes = None if cache_gib is None else int(cache_gib * GIB)
+        self._datasets = [rows for rows in datasets if rows is not None]
+        self._reuse: PrefixReuse | None = None
+
+    @contextmanager
+    def batch(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What the forward of this batch is to be given; it must run inside the ``with`` block.
+
+        Raises:
+            ReftuneError: ``mode`` is ``"on"`` and prefix reuse is not possible.
+        """
+        reduced = self._try(model, inputs)
+        if reduced is None:
+            yield inputs
+            return
+        with reduced.running() as arguments:
+            yield arguments
+
+    def _try(self, model: nn.Module, inputs: dict[str, Any]) -> Reduced | None:
+        if self.status != "on":
+            return None
+        try:
+            if self._reuse is None:
+                self._reuse = self._begin(model)
+            return self._reuse.prepare(model, inputs)
+        except OtherBatch:
+            return None
+        except PrefixReuseOff as reason:
+            self.switch_off(str(reason))
+            return None
+
+    def _begin(self, model: nn.Module) -> PrefixReuse:
+        reuse = PrefixReuse(model, PrefixStore(self._bytes))
+        if reuse.has_prefix:
+            rows = (row for dataset in self._datasets for row in dataset)
+            reuse.share(shared_beginning(rows, reuse.positions))
+        return reuse
+
+    def switch_off(self, reason: str) -> None:
+        """Go on without.
+
+        Raises:
+            ReftuneError: ``mode`` is ``"on"``.
+        """
+        if self.mode == "on":
+            raise ReftuneError(f"prefix_reuse='on' is not possible: {reason}. Use 'auto' to train without it.")
+        if self.status == "on":
+            logger.info("Prefix reuse is off: %s.", reason)
+        self.status = f"off: {reason}"
+        self.close()
+
+    def next_pass(self) -> None:
+        """Begin another epoch."""
+        if self._reuse is not None:
+            self._reuse.store.next_pass()
+
+    def close(self) -> None:
+        """Give memory and files back."""
+        if self._reuse is not None:
+            self._reuse.store.close()
+            self._reuse = None
+
+    def summary(self) -> dict[str, int]:
+        """What the store holds, for a report."""
+        return self._reuse.store.summary() if self._reuse is not None else {}
