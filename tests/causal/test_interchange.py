@@ -41,7 +41,9 @@ def rows(name: str, batch: int = 2, seed: int = 1, length: int = 7):
 
 
 def component(name: str) -> str:
-    return {"llava": "language.block_output"}.get(name, "decoder.block_output" if name in ENCODER_DECODERS else "block_output")
+    return {"llava": "language.block_output"}.get(
+        name, "decoder.block_output" if name in ENCODER_DECODERS else "block_output"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name != "vit"])
@@ -84,7 +86,9 @@ def test_each_row_has_its_own_positions_in_base_and_source():
     there, here = torch.tensor([1, 5]), torch.tensor([6, 2])
     found = run(model, Run(base, (swap(Location("block_input", 2, here), source, Location("block_input", 2, there)),)))
     states = read(model, source, Location("block_input", 2))[0]
-    with intervene(model, collect(Location("block_input", 2)), put(Location("block_input", 2, here), states[[0, 1], there])) as it:
+    with intervene(
+        model, collect(Location("block_input", 2)), put(Location("block_input", 2, here), states[[0, 1], there])
+    ) as it:
         again = model(**base)
         assert it.collected().shape == (2, 7, 32)
     assert torch.equal(found.logits, again.logits)

@@ -53,7 +53,9 @@ class SwapIn:
 
     subspace: Subspace | None = None
 
-    def __call__(self, h: Float[Tensor, "units width"], s: Float[Tensor, "units width"]) -> Float[Tensor, "units width"]:
+    def __call__(
+        self, h: Float[Tensor, "units width"], s: Float[Tensor, "units width"]
+    ) -> Float[Tensor, "units width"]:
         """The states with the source's part in them."""
         if self.subspace is None:
             return s.to(h.dtype)

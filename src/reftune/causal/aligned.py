@@ -1,4 +1,4 @@
-"""Batches of interchanges under alignments: source states and lower layers computed once, several cells side by side."""
+"""Batches of interchanges under alignments: sources and lower layers computed once, cells side by side."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ class AlignedRuns:
             raise ReftuneError(f"the data has no sources for {sorted(missing)}, which an alignment here is for")
         if site.width and site.width != alignment.width:
             raise ReftuneError(
-                f"an alignment of width {alignment.width} does not fit {aligned.location.component!r} of width {site.width}"
+                f"an alignment of width {alignment.width} does not fit {aligned.location.component!r} "
+                f"of width {site.width}"
             )
 
     @torch.no_grad()
@@ -104,9 +105,7 @@ class AlignedRuns:
             index = torch.arange(start, min(start + _CHUNK, len(self.data)))
             part = self.data.select(index)
             locations = [_rows_of(self.cells[c][p].location, index) for c, p in places]
-            by_variable = {
-                name: read(self.model, Run(part.sources[name]), *locations) for name in self.data.variables
-            }
+            by_variable = {name: read(self.model, Run(part.sources[name]), *locations) for name in self.data.variables}
             for number, (c, p) in enumerate(places):
                 names = self.cells[c][p].alignment.variables
                 pieces[c, p].append(torch.stack([by_variable[name][number] for name in names], 2))

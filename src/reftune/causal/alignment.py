@@ -4,9 +4,9 @@ All variants are one formula. With a rotation R and, for each variable v, a mask
 
     h + R^T sum_v  m_v * (R s_v - R h)
 
-puts into h the value that v has in the source s_v. ``Das`` fixes the masks and learns R; ``BoundlessDas`` learns where each
-variable's coordinates end, too; ``SigmoidMask`` learns which coordinates, of a rotation or of the neurons themselves.
-An alignment is an action of ``reftune.causal.interchange``: trained by ``reftune.causal.training.align``.
+puts into h the value that v has in the source s_v. ``Das`` fixes the masks and learns R; ``BoundlessDas`` learns
+where each variable's coordinates end, too; ``SigmoidMask`` learns which coordinates, of a rotation or of the neurons
+themselves. An alignment is an action of ``reftune.causal.interchange``: trained by ``reftune.causal.training.align``.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class Alignment(nn.Module):
 class Das(Alignment):
     """h + R^T sum_v m_v * (R s_v - R h), with as many rows of R for each variable as were asked for.
 
-    Only the rows that some variable uses are kept and trained, so that it is low-rank as it stands: a rotation of the whole
-    space restricted to these rows computes the same. Source: arXiv 2303.02536, section 3.
+    Only the rows that some variable uses are kept and trained, so that it is low-rank as it stands: a rotation of the
+    whole space restricted to these rows computes the same. Source: arXiv 2303.02536, section 3.
 
     Args:
         sizes: number of directions of each variable.
@@ -143,8 +143,8 @@ class Das(Alignment):
 class BoundlessDas(Alignment):
     """h + R^T sum_v m_v * (R s_v - R h), with learned boundaries: variable v has the coordinates from b_(v-1) to b_v.
 
-    In training a boundary is soft, m_v = sigmoid((i - b_(v-1)) / T) * sigmoid((b_v - i) / T) at coordinate i, and T falls;
-    in evaluation it is hard. ``penalty`` keeps the subspaces small. Source: arXiv 2305.08809, section 3.
+    In training a boundary is soft, m_v = sigmoid((i - b_(v-1)) / T) * sigmoid((b_v - i) / T) at coordinate i, and T
+    falls; in evaluation it is hard. ``penalty`` keeps the subspaces small. Source: arXiv 2305.08809, section 3.
 
     Args:
         variables: their names.

@@ -1,4 +1,4 @@
-"""Counterfactual datasets: base inputs, a source for each interchanged variable, and what the causal model then says."""
+"""Counterfactual datasets: base inputs, a source for each interchanged variable, and what the model then says."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def counterfactuals(
         count: number of examples.
         variables: the variables that may be interchanged.
         together: whether several variables may be interchanged in one example; otherwise one at a time.
-        changed: at least this share of the examples has an interchange that changes an output. Without it a network that
-            ignores the interchange would score well.
+        changed: at least this share of the examples has an interchange that changes an output. Without it a network
+            that ignores the interchange would score well.
         seed: of the draws.
         keep: an example is drawn again where this is false.
 

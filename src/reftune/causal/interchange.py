@@ -3,9 +3,10 @@
     with intervene(model, swap(Location("block_output", 8, -1), source_inputs)):
         output = model(**base_inputs)        # or model.generate(...)
 
-A source is the inputs of another run, whose states at the same (or another) location are put into this one. It may itself
-be a ``Run`` with interventions (a nested interchange), or a tensor of states. Every distinct source runs once however many
-locations are read from it, and only as far as the last of them. Works on transformers models and any ``nn.Module``.
+A source is the inputs of another run, whose states at the same (or another) location are put into this one. It may
+itself be a ``Run`` with interventions (a nested interchange), or a tensor of states. Every distinct source runs once
+however many locations are read from it, and only as far as the last of them. Works on transformers models and any
+``nn.Module``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reftune.causal import actions
@@ -127,8 +127,8 @@ class intervene:  # noqa: N801 - a context manager, named as a verb
         *interventions: applied in this order where locations meet.
 
     Raises:
-        ReftuneError: on entering, a place that the model does not have; in the forward, a position past the end, a source
-            of another batch size or with other positions.
+        ReftuneError: on entering, a place that the model does not have; in the forward, a position past the end, a
+            source of another batch size or with other positions.
     """
 
     def __init__(self, model: nn.Module, *interventions: Intervention) -> None:

@@ -58,7 +58,9 @@ class InterchangeData:
             return {name: value[index] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
         sources = {name: pick(inputs) for name, inputs in self.sources.items()}
-        return replace(self, base=pick(self.base), sources=sources, active=self.active[index], labels=self.labels[index])
+        return replace(
+            self, base=pick(self.base), sources=sources, active=self.active[index], labels=self.labels[index]
+        )
 
     def with_random_labels(self, seed: int = 0) -> InterchangeData:
         """A control task: the same examples, their labels shuffled, so that no alignment can be right about new ones."""

@@ -22,11 +22,12 @@ class Location:
     """A component of a layer, at some positions.
 
     Attributes:
-        component: as in ``reftune.sites``: ``"block_output"``, ``"head_output[3]"``, a module path of any ``nn.Module``.
+        component: as in ``reftune.sites``: ``"block_output"``, ``"head_output[3]"``, a module path of any
+            ``nn.Module``.
         layer: the block's number; None for a module path without ``{layer}``.
         positions: which tokens. An index counts the attended tokens of a row (padding never counts), from the end if
-            negative; a list names several for every row; (batch,) or (batch, n) gives each row its own. A string is read
-            as for an adapter (``"l1"``, ``"f3+l2"``, ``"prompt"``, ``"all"``). None is ``"all"``.
+            negative; a list names several for every row; (batch,) or (batch, n) gives each row its own. A string is
+            read as for an adapter (``"l1"``, ``"f3+l2"``, ``"prompt"``, ``"all"``). None is ``"all"``.
             Where a module sees no tokens but is called once a time step (a GRU cell), positions count its calls.
     """
 
@@ -102,7 +103,12 @@ class Units(NamedTuple):
 
 
 def units(
-    location: Location, hidden: Float[Tensor, "..."], layout: TokenLayout | None, call: int, past: int, prompt_only: bool
+    location: Location,
+    hidden: Float[Tensor, "*leading width"],
+    layout: TokenLayout | None,
+    call: int,
+    past: int,
+    prompt_only: bool,
 ) -> Units | None:
     """Find a location's units in a tensor that passes its module; None if this call holds none of them.
 
@@ -141,7 +147,9 @@ def _call_units(location: Location, hidden: Tensor, call: int) -> Units | None:
     if location.positions is None or location.positions == "all":
         return Units(EVERY_ROW, torch.arange(batch, device=device) + call * batch, torch.ones(batch).long())
     if isinstance(location.positions, str):
-        raise ReftuneError(f"positions={location.positions!r}: {location.component!r} sees no tokens; give call numbers")
+        raise ReftuneError(
+            f"positions={location.positions!r}: {location.component!r} sees no tokens; give call numbers"
+        )
     wanted = location.indices(batch, device)
     if bool((wanted < 0).any()):
         raise ReftuneError(f"positions={location.positions!r}: calls of {location.component!r} count from the start")

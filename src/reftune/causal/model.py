@@ -2,8 +2,8 @@
 
 A causal model is an acyclic graph of variables. Inputs have no parents; every other variable is computed from its
 parents by its mechanism. Three questions can be asked of it: what are all values (``run``), what would they be had some
-been fixed (``run(..., interventions)``), and what would they be had some taken the values that they have on other inputs
-(``interchange``). Source: Geiger et al., "Causal Abstractions of Neural Networks" (arXiv 2106.02997), section 3.
+been fixed (``run(..., interventions)``), and what would they be had some taken the values that they have on other
+inputs (``interchange``). Source: Geiger et al., "Causal Abstractions of Neural Networks" (arXiv 2106.02997), section 3.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class CausalModel:
             interventions: values that hold whatever the parents are.
 
         Raises:
-            ReftuneError: an unknown variable, a missing input, or a value that an input or intervened variable cannot have.
+            ReftuneError: an unknown variable, a missing input, or a value that an input or intervened variable cannot
+                have.
         """
         interventions = interventions or {}
         for name in [*inputs, *interventions]:

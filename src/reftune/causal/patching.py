@@ -43,7 +43,7 @@ class HeatMap:
         return self.rows[layer], self.columns[column], float(self.values[layer, column])
 
     def plot(self, path: str | Path) -> None:
-        """Draw it into a PNG. **Replaces the file.**"""
+        """Draw it into a PNG, **which is replaced**."""
         from reftune.causal.plots import plot_heat_map
 
         plot_heat_map(self, path)
@@ -68,7 +68,8 @@ def patch(
 
     Args:
         model: in evaluation mode.
-        base, source: two runs of the same batch size.
+        base: the run that is changed.
+        source: the run whose states are put in, of the same batch size.
         metric: of the output, for each row; see ``logit_difference`` and ``probability``.
         component: what is put in (``"block_output"``, ``"mlp_output"``, ``"attention_output"``, ``"head_output[3]"``).
         layers: the map's rows.
@@ -76,7 +77,8 @@ def patch(
         labels: names of the columns (tokens, as a rule).
         window: so many neighbouring layers are put in together.
         relative: 0 is the base's metric and 1 the source's; otherwise the metric itself.
-        rows, reuse: see ``reftune.causal.sweep``.
+        rows: at most so many rows in one forward.
+        reuse: whether layers below the change are reused.
 
     Returns:
         The heat map.
@@ -92,7 +94,7 @@ def patch(
     numbers = [site.layer for site in sites if site.layer is not None]
     count = len(sites[0].stack.block_paths) if sites[0].stack else len(sites)
     cells = [
-        [swap(Location(component, near, column), source) for near in _window(layer, window, count)]
+        [swap(Location(component, near, column), source) for near in layer_window(layer, window, count)]
         for layer in numbers
         for column in columns
     ]
@@ -162,7 +164,8 @@ def _length(run: Run) -> int:
     return inputs.shape[1]
 
 
-def _window(layer: int, window: int, count: int) -> range:
+def layer_window(layer: int, window: int, count: int) -> range:
+    """The ``window`` layers around one, moved inwards at the ends."""
     if window < 1:
         raise ReftuneError(f"window={window}: at least one layer is put in")
     first = max(0, min(layer - (window - 1) // 2, count - window))

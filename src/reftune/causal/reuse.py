@@ -1,7 +1,7 @@
 """Layers below an intervention are not computed again: a run is recorded once, and later ones begin where they differ.
 
-What a frozen network computes below the first changed layer is what it computed in the base run. ``Recording`` keeps the
-outputs of the blocks; within ``resume`` the blocks below a layer return what was recorded instead of computing it. Their
+What a frozen network computes below the first changed layer is what it computed in the base run. ``Recording`` keeps
+the outputs of the blocks; within ``resume`` the blocks below a layer return what was recorded. Their
 ``forward`` is shadowed and nothing else, so that hooks on them still fire and the model is as before on exit.
 """
 

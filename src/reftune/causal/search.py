@@ -1,4 +1,4 @@
-"""Where does a variable live? Alignments for every layer and position, the positions of a layer trained side by side."""
+"""Where does a variable live? Alignments for every layer and position, a layer's positions trained side by side."""
 
 from __future__ import annotations
 
@@ -59,11 +59,14 @@ def search(
     Args:
         model: the network, in evaluation mode.
         make: builds a fresh alignment of a given width.
-        train, test: interchanges to learn from, and to measure by.
-        component, layers: where; of a module path with ``{layer}`` as well.
+        train: interchanges to learn from.
+        test: others, to measure by.
+        component: where in a layer; a module path with ``{layer}`` as well.
+        layers: the rows of the map.
         positions: the columns of the map.
         labels: their names.
-        options, choices: as for ``align``.
+        options: how alignments are trained.
+        choices: output classes (token ids) among which labels choose; None: all.
         at_once: so many positions of a layer share forwards.
 
     Returns:

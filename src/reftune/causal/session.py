@@ -102,7 +102,9 @@ class Bound:
                 return flat.view(len(order), len(counts), -1).transpose(0, 1)
             flat = flat[ids.argsort()]
         if bool((counts != counts[0]).any()):
-            raise ReftuneError(f"rows have {counts.tolist()} tokens at {self.location.positions!r}: give each row as many")
+            raise ReftuneError(
+                f"rows have {counts.tolist()} tokens at {self.location.positions!r}: give each row as many"
+            )
         return flat.view(len(counts), -1, flat.shape[-1])
 
 
@@ -124,7 +126,7 @@ class Session:
         self._shadowed: Any = None
 
     def install(self) -> None:
-        """**Hook the model.**"""
+        """Hook the model; **changes it** until ``uninstall``."""
         self._handles.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
         places: dict[tuple[str, str], list[int]] = {}

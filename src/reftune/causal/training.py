@@ -89,7 +89,9 @@ def align_cells(
     Args:
         model: the network, in evaluation mode.
         cells: alignments that act together, for each cell.
-        data, options, choices: as for ``align``.
+        data: interchanges to learn from.
+        options: how.
+        choices: as for ``align``.
     """
     members = [aligned.alignment for cell in cells for aligned in cell]
     if len({id(member) for member in members}) < len(members):

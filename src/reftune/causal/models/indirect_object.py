@@ -18,10 +18,10 @@ def indirect_object(
 ) -> CausalModel:
     """Inputs ``first``, ``second`` (two names) and ``subject`` (which is one of them again).
 
-    ``repeated`` is the place, 0 or 1, of the name that comes again; ``position`` the place of the other one; ``answer`` its
-    name. ``place`` and ``thing`` fill the sentence and change nothing. Source: the algorithm of Wang et al.,
-    "Interpretability in the Wild" (arXiv 2211.00593), section 3, whose duplicate-token and S-inhibition heads carry
-    ``repeated`` and ``position``.
+    ``repeated`` is the place, 0 or 1, of the name that comes again; ``position`` the place of the other one;
+    ``answer`` its name. ``place`` and ``thing`` fill the sentence and change nothing. Source: the algorithm of Wang
+    et al., "Interpretability in the Wild" (arXiv 2211.00593), section 3, whose duplicate-token and S-inhibition heads
+    carry ``repeated`` and ``position``.
     """
     if len(set(names)) < 2:
         raise ReftuneError(f"names={list(names)}: at least two different names are needed")

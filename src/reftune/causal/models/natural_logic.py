@@ -2,8 +2,8 @@
 
 A premise such as ``not every sad baker does not loudly eat no fresh bread`` is compared with a hypothesis of the same
 shape, word by word and then upwards. How two phrases relate is the set of truth values that the two may have together:
-"bakers" against "people" allows (1, 1), (0, 1) and (0, 0), which is entailment. Composition needs no table typed by hand:
-negation flips a coordinate, and a quantifier's relation is found by going through all small universes.
+"bakers" against "people" allows (1, 1), (0, 1) and (0, 0), which is entailment. Composition needs no table typed by
+hand: negation flips a coordinate, and a quantifier's relation is found by going through all small universes.
 
 Source of the task: Geiger et al., "Posing Fair Generalization Tasks for Natural Language Inference" (arXiv 1911.00811);
 of the relations: MacCartney and Manning (2009).
@@ -11,7 +11,6 @@ of the relations: MacCartney and Manning (2009).
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Collection
 from functools import cache
@@ -21,7 +20,8 @@ from reftune.causal.model import CausalModel, Setting, Variable
 Relation = frozenset[tuple[bool, bool]]
 """The pairs of truth values (premise, hypothesis) that can occur."""
 
-_T, _F = True, False
+_T: bool = True
+_F: bool = False
 RELATIONS: dict[str, Relation] = {
     "equivalence": frozenset({(_T, _T), (_F, _F)}),
     "entailment": frozenset({(_T, _T), (_F, _T), (_F, _F)}),
@@ -29,7 +29,7 @@ RELATIONS: dict[str, Relation] = {
     "contradiction": frozenset({(_T, _F), (_F, _T)}),
     "alternation": frozenset({(_T, _F), (_F, _T), (_F, _F)}),
     "cover": frozenset({(_T, _T), (_T, _F), (_F, _T)}),
-    "independence": frozenset(itertools.product((_T, _F), repeat=2)),
+    "independence": frozenset({(_T, _T), (_T, _F), (_F, _T), (_F, _F)}),
 }
 _NAMES = {relation: name for name, relation in RELATIONS.items()}
 QUANTIFIERS = ("some", "every", "no", "not every")
@@ -68,8 +68,8 @@ def negated(relation: str, premise: bool, hypothesis: bool) -> str:
 def quantified(nouns: str, predicates: str, premise: str, hypothesis: str) -> str:
     """Relation of ``premise(N1, P1)`` and ``hypothesis(N2, P2)``, from the relations of N1 to N2 and of P1 to P2.
 
-    An individual is in or out of each of the four sets, as far as the two relations allow; a universe is any set of kinds
-    of individuals in which both nouns name something.
+    An individual is in or out of each of the four sets, as far as the two relations allow; a universe is any set of
+    kinds of individuals in which both nouns name something.
     """
     kinds = [(n1, n2, p1, p2) for n1, n2 in RELATIONS[nouns] for p1, p2 in RELATIONS[predicates]]
     pairs: set[tuple[bool, bool]] = set()

@@ -15,7 +15,8 @@ def price_tagging(highest: int = 999, least_gap: int = 250, greatest_gap: int = 
 
     Args:
         highest: the greatest amount, in cents.
-        least_gap, greatest_gap: of the bracket.
+        least_gap: between the bracket's bounds, at least.
+        greatest_gap: at most.
     """
 
     def sample(rng: random.Random) -> Setting:
