@@ -32,7 +32,7 @@ WRITING = GenerationSettings(max_new_tokens=64, repetition_penalty=1.15, batch_s
 
 MEASURE = (
     "In style: at least 3 different marks of the pirate (arr, matey, ye, 'tis, ship, ...) of at least 2 kinds, at "
-    "least half of the words plain ones, no loops, and a finished sentence. It does not judge whether an answer is right."
+    "least half of the words plain, no loops, and a finished sentence. It does not judge whether an answer is right."
 )
 
 

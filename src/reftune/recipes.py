@@ -23,6 +23,7 @@ from reftune.edits import available_edits
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED
 from reftune.positions import parse_positions
+from reftune.training.arguments import no_type_check
 
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
@@ -35,6 +36,7 @@ def _option(default: Any, group: str, text: str, unit: str = "", aka: tuple[str,
     return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka})
 
 
+@no_type_check  # it takes what YAML and a command line give, and makes it the declared type itself
 @dataclass(frozen=True)
 class TrainRecipe:
     """What to train, on what, and where to write it; validated when made.

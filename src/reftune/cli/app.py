@@ -16,12 +16,18 @@ from typer.core import TyperGroup
 from reftune.errors import ReftuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
+_ORDER = ("demo", "train", "generate", "chat", "eval", "info", "env")
 
 logger = logging.getLogger("reftune")
 
 
 class _Commands(TyperGroup):
     """Turns what the user can mend into one message on standard error; a bug keeps its traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which people meet them."""
+        known = [name for name in _ORDER if name in self.commands]
+        return [*known, *sorted(set(self.commands) - set(known))]
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,18 +61,19 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Representation finetuning (ReFT): learn a small edit of a model's hidden states, and use it.",
 )
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from reftune import __version__
 
         typer.echo(f"reftune {__version__}")
         raise typer.Exit()
+    return wanted
 
 
 @app.callback()

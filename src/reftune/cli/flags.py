@@ -26,11 +26,11 @@ def flag_parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     """
     name = flag_name(item)
     is_switch = kind is bool
-    declared = [f"{name}/--no-{name[2:]}"] if is_switch and item.default is True else [name]
+    declared = [f"{name}/--no-{name[2:]}" if is_switch else name]
     default = _default_text(item, is_switch)
     option = typer.Option(
         *declared,
-        help=item.metadata["help"] + (f" [default: {default}]" if default else ""),
+        help=item.metadata["help"] + (f" (default: {default})" if default else ""),
         metavar=None if is_switch else _metavar(item, kind),
         rich_help_panel=item.metadata["group"],
         show_default=False,
@@ -72,9 +72,8 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _parsed_as(kind: Any) -> Any:
-    """What typer reads: the recipe itself checks choices and makes lists."""
-    first = _options(kind)[0]
-    return first if first in (int, float, bool) else str
+    """What typer reads: text, because the recipe itself makes numbers and lists of it and says what is wrong."""
+    return bool if kind is bool else str
 
 
 def _metavar(item: Field[Any], kind: Any) -> str:

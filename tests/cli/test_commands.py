@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+import typer
+import yaml
+
+from reftune.cli import app
+from reftune.cli.flags import flag_name
+from reftune.demo import DEMO
+from reftune.recipes import TrainRecipe, resolve_recipe
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_option_is_explained(name: str, cli) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+    shown = cli(name, "--help")
+    assert shown.exit_code == 0
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[0] in shown.stdout
+
+
+def test_every_field_of_a_recipe_is_a_flag() -> None:
+    flags = {option for parameter in COMMANDS["train"].params for option in parameter.opts}
+    assert {flag_name(item) for item in fields(TrainRecipe)} <= flags
+
+
+def _documented_commands() -> list[str]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "docs").rglob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages if page.is_file())
+    found = [line.strip() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    found += re.findall(r"`(reftune [^`\n]*)`", text) + re.findall(r"^# +(reftune .*)$", text, re.MULTILINE)
+    return sorted({re.split(r"\s+#", line)[0] for line in found if re.match(r"reftune [a-z]", line)})
+
+
+@pytest.mark.parametrize("line", _documented_commands())
+def test_documented_commands_parse(line: str) -> None:
+    _, name, *arguments = shlex.split(line)
+    if arguments == ["--help"]:
+        assert name in COMMANDS
+        return
+    context = COMMANDS[name].make_context(name, arguments)  # raises on an unknown flag or a missing argument
+    context.close()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_resolve(path: Path) -> None:
+    resolve_recipe(path)
+
+
+def test_the_demo_and_its_recipe_are_the_same() -> None:
+    assert resolve_recipe(ROOT / "recipes" / "demo.yaml") == DEMO
+
+
+def test_a_recipe_survives_its_own_yaml(tmp_path: Path) -> None:
+    recipe = TrainRecipe(
+        train_file="owner/data", layers="3,9,-1", columns="prompt=q,completion=a", lr=4e-3, template="{prompt}: ",
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(recipe.to_yaml())
+    assert resolve_recipe(path) == recipe
+    assert set(yaml.safe_load(recipe.to_yaml())) == {item.name for item in fields(TrainRecipe)} - {
+        "resume", "overwrite", "show",
+    }  # fmt: skip
+
+
+def test_generate_answers_each_prompt_of_a_file(cli, trained: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hi\n\nwho are you\n")
+    out = tmp_path / "deep" / "answers.jsonl"
+    result = cli("generate", trained, "--prompts-file", prompts, "--out", out, "--max-new-tokens", 4, "--compare-base")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["hi", "who are you"]
+    assert all({"answer", "base_answer"} <= set(record) for record in records)
+    assert "who are you" in result.stdout
+
+
+def test_generate_wants_a_prompt(cli, trained: Path) -> None:
+    assert cli("generate", trained).exit_code == 2
+
+
+def test_eval_scores_base_and_edited(cli, trained: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    result = cli("eval", trained, "--test-file", rows, "--out", out, "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output
+    scores = json.loads(out.read_text())
+    assert scores["edited"]["loss"] < scores["base"]["loss"]
+    assert scores["rows"] == 12 and len(scores["answers"]) == 12
+    assert 0 <= scores["edited"]["exact_match"] <= 1
+
+
+def test_info_says_where_and_how_much_is_edited(cli, trained: Path) -> None:
+    result = cli("info", trained)
+    assert result.exit_code == 0, result.output
+    for word in ("loreft, rank 2", "66 in 1 edits", "last 1", "answer"):
+        assert word in result.stdout
+
+
+def test_env_names_the_versions(cli) -> None:
+    import torch
+
+    result = cli("env")
+    assert result.exit_code == 0 and torch.__version__ in result.stdout
+
+
+def test_chat_obeys_its_commands(cli, trained: Path) -> None:
+    said = "hi\n/base\nhi\n/base\n/reset\n/what\n/quit\nnever read\n"
+    result = cli("chat", trained, "--max-new-tokens", 3, stdin=said)
+    assert result.exit_code == 0, result.output
+    for words in ("The edit is off", "The edit is on.", "The conversation is forgotten.", "/reset forgets"):
+        assert words in result.stdout
+
+
+def test_chat_ends_with_its_input(cli, trained: Path) -> None:
+    assert cli("chat", trained, stdin="").exit_code == 0

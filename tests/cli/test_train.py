@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+from safetensors.torch import load_file
+
+
+def test_the_output_folder_holds_what_was_promised(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    promised = {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "loss.png", "run.yaml", "README.md"}
+    assert promised <= names
+    assert not [name for name in names if name.startswith(".")], "something unfinished was left behind"
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert {
+        "train_loss", "eval_loss", "epoch_seconds", "tokens_per_second", "trainable_parameters", "peak_memory_bytes",
+        "prefix_reuse",
+    } <= set(metrics)  # fmt: skip
+    assert len(metrics["epoch_seconds"]) == 2
+    assert metrics["trainable_parameters"] == 2 * 16 * 2 + 2
+    assert metrics["eval_loss"] > 0
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_begins_with_the_import_that_peft_needs(trained: Path) -> None:
+    card = (trained / "README.md").read_text()
+    first_code = card.split("```python\n")[1]
+    assert first_code.startswith("import reftune\n")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+
+
+def test_run_yaml_trains_the_same_adapter_again(trained: Path, cli, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # its paths do not depend on the working folder
+    result = cli("train", trained / "run.yaml", "--output", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (trained, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_flags_win_over_the_recipe(tiny: Path, rows: Path, cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"train_file: {rows}\nmodel: {tiny}\nrank: 2\nlayers: [0, 1]\nepochs: 1\nlr: 1e-3\ntensorboard: false\ndevice: cpu\n"
+    )
+    result = cli("train", recipe, "--rank", 3, "--limit-rows", 4, "--no-share-weights", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    resolved = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert (resolved["rank"], resolved["layers"], resolved["lr"]) == (3, [0, 1], 0.001)
+    assert resolved["share_weights"] is False and resolved["limit_rows"] == 4
+
+
+def test_a_finished_run_goes_on_with_more_epochs(trained: Path, cli, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "more"
+    shutil.copytree(trained, folder)
+    result = cli("train", trained / "run.yaml", "--output", folder, "--epochs", 3, "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 9
+
+
+def test_an_unfinished_run_is_not_trampled_on(trained: Path, cli, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "unfinished"
+    shutil.copytree(trained, folder)
+    (folder / "metrics.json").unlink()
+    refused = cli("train", trained / "run.yaml", "--output", folder)
+    assert refused.exit_code == 2 and "--resume" in refused.stderr
+    assert cli("train", trained / "run.yaml", "--output", folder, "--overwrite").exit_code == 0
+
+
+def test_show_prints_the_first_rows_with_their_edited_tokens(tiny: Path, rows: Path, cli, tmp_path: Path) -> None:
+    result = cli(
+        "train", "--train-file", rows, "--model", tiny, "--layers", 0, "--epochs", 1, "--limit-rows", 2, "--show", 2,
+        "--no-tensorboard", "--device", "cpu", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "example 1" in result.stderr and "example 2" in result.stderr
