@@ -46,7 +46,7 @@ def from_das(
     method: str = "consreft",
     adapter_name: str = "default",
 ) -> Any:
-    """A steering adapter that sets an aligned variable: a PEFT model, to be run, trained further, saved and loaded as any.
+    """A steering adapter that sets an aligned variable: a PEFT model, to be run, trained on, saved and loaded as any.
 
     Args:
         model: the network that was analysed; **it gets the adapter**, as ``get_peft_model`` does it.

@@ -63,7 +63,7 @@ class InterchangeData:
         )
 
     def with_random_labels(self, seed: int = 0) -> InterchangeData:
-        """A control task: the same examples, their labels shuffled, so that no alignment can be right about new ones."""
+        """A control task: the same examples, labels shuffled, so that no alignment can be right about new ones."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return replace(self, labels=self.labels[order])
 
