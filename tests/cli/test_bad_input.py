@@ -141,8 +141,11 @@ def test_an_output_that_is_a_file(train, rows: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value", "word"),
-    [("rank", 0, "at least 1"), ("rank", "four", "'four'"), ("method", "lorefy", "lorefy"), ("lr", -1, "above 0"), ("schedule", "zigzag", "linear"),
-     ("dropout", 1.5, "below 1"), ("component", "nowhere", "nowhere"), ("rank", 17, "16"), ("template", "no place", "%s")],
+    [
+        ("rank", 0, "at least 1"), ("rank", "four", "'four'"), ("method", "lorefy", "lorefy"), ("lr", -1, "above 0"),
+        ("schedule", "zigzag", "linear"), ("dropout", 1.5, "below 1"), ("component", "nowhere", "nowhere"),
+        ("rank", 17, "16"), ("template", "no place", "%s"),
+    ],
 )  # fmt: skip
 def test_a_value_out_of_range(train, flag: str, value: object, word: str) -> None:
     refused(train(**{flag: value}), word)
@@ -161,11 +164,9 @@ def test_debug_shows_the_traceback(cli, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
 def test_ctrl_c_in_training_saves_and_says_how_to_go_on(cli, tiny: Path, tmp_path: Path) -> None:
     rows, out = write_rows(tmp_path / "many.csv", 400), tmp_path / "out"
-    command = [
-        sys.executable, "-W", "ignore", "-c", "from reftune.cli import main; main()", "train", "--train-file", str(rows),
-        "--model", str(tiny), "--layers", "1", "--epochs", "1000", "--batch-size", "4", "--no-tensorboard", "--device", "cpu",
-        "--output", str(out),
-    ]  # fmt: skip
+    flags = f"--train-file {rows} --model {tiny} --output {out} --layers 1 --epochs 1000 --batch-size 4 --device cpu"
+    start = [sys.executable, "-W", "ignore", "-c", "from reftune.cli import main; main()"]
+    command = [*start, "train", *flags.split(), "--no-tensorboard"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 200

@@ -42,7 +42,8 @@ def test_run_yaml_trains_the_same_adapter_again(trained: Path, cli, tmp_path: Pa
 def test_flags_win_over_the_recipe(tiny: Path, rows: Path, cli, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"train_file: {rows}\nmodel: {tiny}\nrank: 2\nlayers: [0, 1]\nepochs: 1\nlr: 1e-3\ntensorboard: false\ndevice: cpu\n"
+        f"train_file: {rows}\nmodel: {tiny}\nrank: 2\nlayers: [0, 1]\nepochs: 1\nlr: 1e-3\n"
+        "tensorboard: false\ndevice: cpu\n"
     )
     result = cli("train", recipe, "--rank", 3, "--limit-rows", 4, "--no-share-weights", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
