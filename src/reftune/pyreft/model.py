@@ -136,6 +136,23 @@ class ReftModel(nn.Module):
             arguments["intervention_directions"] = directions
         return arguments
 
+    def set_scale(self, value: float, key: str | None = None) -> None:
+        """Multiply what the edits add: 1 as trained, 0 nothing, negative the other way.
+
+        Args:
+            value: the factor.
+            key: of ``interventions``; None: all of them.
+
+        Raises:
+            ReftuneError: an unknown key.
+        """
+        if key is not None and key not in self.interventions:
+            raise ReftuneError(f"key={key!r}: the interventions are {', '.join(self.interventions)}.")
+        for name, own in zip(self._names, self.interventions, strict=True):
+            for found in self._engine.interventions.values():
+                if name in found.placements and key in (None, own):
+                    found.placements[name].scale = float(value)
+
     # Calls
 
     def forward(
