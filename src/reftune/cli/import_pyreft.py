@@ -1,0 +1,32 @@
+"""`reftune import-pyreft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reftune.cli.app import app
+
+
+@app.command("import-pyreft")
+def import_pyreft(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What pyreft's ReftModel.save wrote.")],
+    output: Annotated[Path, typer.Option("--output", help="The adapter folder to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model; without it, Llama's layout is taken.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option("--positions", help="Which tokens to edit, such as f7+l7; pyreft does not save them.")
+    ] = None,
+) -> None:
+    """Turn an adapter that pyreft saved into one of this library; says what pyreft did not save."""
+    from reftune.pyreft.importing import import_pyreft as turn
+
+    written, assumed = turn(folder, output, model, positions)
+    for one in written:
+        typer.echo(f"Wrote {one}")
+    typer.echo("pyreft does not save these:")
+    for line in assumed:
+        typer.echo(f"  {line}")
