@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 import reftune
 from reftune.adapter_info import read_adapter_info
@@ -25,11 +26,8 @@ def _saved(folder: Path, **settings: object) -> Path:
 def test_the_norms_are_those_of_what_the_edit_adds(tmp_path: Path) -> None:
     folder = _saved(tmp_path, r=2, layers_to_transform=[1])
     (edit,) = read_adapter_info(folder).edits
-    from safetensors.torch import load_file
-
-    tensors = {
-        name.rpartition(".")[2]: value for name, value in load_file(folder / "adapter_model.safetensors").items()
-    }
+    held = load_file(folder / "adapter_model.safetensors")
+    tensors = {name.rpartition(".")[2]: value for name, value in held.items()}
     R, W, b = tensors["rotation"], tensors["weight"], tensors["bias"]
     assert edit.layer == 1 and edit.part == "both"
     assert edit.linear_norm == pytest.approx(float(torch.linalg.norm(R.T @ (W - R))), rel=1e-5)
@@ -40,7 +38,8 @@ def test_the_norms_are_those_of_what_the_edit_adds(tmp_path: Path) -> None:
 def test_an_untied_pair_is_two_edits(tmp_path: Path) -> None:
     folder = _saved(tmp_path, r=2, layers_to_transform=[0, 2], positions="f1+l2", share_weights=False)
     info = read_adapter_info(folder)
-    assert [(edit.layer, edit.part) for edit in info.edits] == [
+    found = [(edit.layer, edit.part) for edit in info.edits]
+    assert found == [
         (0, "prefix"),
         (0, "suffix"),
         (2, "prefix"),
@@ -50,6 +49,6 @@ def test_an_untied_pair_is_two_edits(tmp_path: Path) -> None:
 
 
 def test_an_edit_with_an_activation_has_tensor_norms_alone(tmp_path: Path) -> None:
-    (edit,) = read_adapter_info(_saved(tmp_path, r=2, layers_to_transform=0, act_fn="relu")).edits
+    (edit,) = read_adapter_info(_saved(tmp_path, r=2, layers_to_transform=0, act_fn="relu", init="paper")).edits
     assert edit.linear_norm is None and edit.constant_norm is None
     assert set(edit.norms) == {"rotation", "weight", "bias"}
