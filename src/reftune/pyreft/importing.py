@@ -171,7 +171,14 @@ def _block_paths(model: str | None) -> Callable[[Representation], str]:
             empty = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ReftuneError(f"model {model!r} cannot be read ({str(error).splitlines()[0]}).") from None
-    return lambda one: one.site(empty).block_path
+    return lambda one: _checked_path(one, empty, model)
+
+
+def _checked_path(one: Representation, empty: Any, model: str) -> str:
+    site, width = one.site(empty), getattr(one.intervention, "width", None)
+    if site.width != width:
+        raise ReftuneError(f"The adapter edits states of width {width}, and {model!r} has {site.width}: name its base model.")
+    return site.block_path
 
 
 def _usual_path(one: Representation) -> str:
