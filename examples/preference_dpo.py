@@ -58,10 +58,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        # Prompt and answer reach the model as one row without labels, and an edit at `all` needs no prompt's end.
-        peft_config=reftune.ReftConfig(
-            r=4, layers_to_transform=[options.layer], positions="all", task_type="CAUSAL_LM"
-        ),
+        # TRL tells the model where the prompt ends, and the reference is the same model with the edit switched off.
+        peft_config=reftune.ReftConfig(r=4, layers_to_transform=[options.layer], positions="l1", task_type="CAUSAL_LM"),
     )
     trainer.train()
     trainer.save_model(options.output)
