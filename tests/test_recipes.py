@@ -27,11 +27,11 @@ def test_columns_are_pairs() -> None:
         read_columns("question")
 
 
-def test_yaml_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+def test_what_yaml_reads_otherwise_than_people_write_is_understood(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("train_file: x.csv\nlr: 4e-3\nepochs: 2\nquantization: 8bit\n")
+    path.write_text("train_file: x.csv\nlr: 4e-3\nepochs: 2\nquantization: 8\nprefix_reuse: off\n")
     recipe = resolve_recipe(path)
-    assert (recipe.lr, recipe.epochs, recipe.quantization) == (4e-3, 2.0, "8bit")
+    assert (recipe.lr, recipe.epochs, recipe.quantization, recipe.prefix_reuse) == (4e-3, 2.0, "8bit", "off")
 
 
 def test_a_folder_stands_for_its_run_yaml(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ class TrainRecipe:
     gradient_checkpointing: bool = _option(
         False, "Training", "Recompute activations in backward: less memory, more time."
     )
+    prefix_reuse: Literal["auto", "on", "off"] = _option(
+        "auto", "Training", "Compute what the edit leaves alone once: 'auto' where it is exact, 'on' insists."
+    )
     seed: int = _option(42, "Training", "Seed of initialisation, row order, dropout and held-out rows.")
     log_every: int | None = _option(
         None, "Training", "Log the loss so often; default: about 100 times.", "steps", ("logging_steps",)
@@ -336,7 +339,8 @@ def _coerce(item: Field[Any], value: Any) -> Any:
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
-        text = {4: "4bit", 8: "8bit"}.get(value, value) if item.name == "quantization" else value
+        words = {True: "on", False: "off"} if isinstance(value, bool) else {4: "4bit", 8: "8bit"}  # as YAML reads them
+        text = words.get(value, value) if isinstance(value, int) else value
         if text not in choices:
             raise ReftuneError(f"{item.name}={value!r}: choose {' or '.join(choices)}.")
         return text

@@ -146,6 +146,7 @@ def _arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: bool) ->
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
         gradient_checkpointing=recipe.gradient_checkpointing,
+        prefix_reuse=recipe.prefix_reuse,
         seed=recipe.seed,
         logging_steps=recipe.log_every or max(1, round(steps / 100)),
         save_strategy="epoch",
