@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reftune.causal import actions
 from reftune.causal.actions import Action, Subspace
-from reftune.causal.locations import Location
+from reftune.causal.locations import Location, Sites
 from reftune.causal.session import Bound, Session, Stop
 from reftune.errors import ReftuneError
 
@@ -138,8 +138,9 @@ class intervene:  # noqa: N801 - a context manager, named as a verb
 
     def __enter__(self) -> intervene:
         states = source_states(self.model, self.interventions)
+        sites = Sites(self.model)
         bound = [
-            Bound(i.location, i.location.site(self.model), i.action, found)
+            Bound(i.location, sites(i.location), i.action, found)
             for i, found in zip(self.interventions, states, strict=True)
         ]
         self._session = Session(self.model, bound)

@@ -88,6 +88,25 @@ class Location:
         return found.repeat_interleave(max(1, batch // found.shape[0]), 0).long()
 
 
+class Sites:
+    """The sites of locations in one model, each component of a layer looked up once.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[tuple[str, int | None], Site] = {}
+
+    def __call__(self, location: Location) -> Site:
+        """A location's site."""
+        key = location.component, location.layer
+        if key not in self._known:
+            self._known[key] = location.site(self._model)
+        return self._known[key]
+
+
 class Units(NamedTuple):
     """The units of a location that one call of its module holds.
 

@@ -61,7 +61,7 @@ def patch(
     labels: Sequence[str] | None = None,
     window: int = 1,
     relative: bool = True,
-    rows: int = 128,
+    rows: int = 64,
     reuse: bool = True,
 ) -> HeatMap:
     """Put the source's state into the base run at every layer and position, one at a time.
@@ -118,7 +118,7 @@ def patch_heads(
     layers: int | Sequence[int] | Literal["all"] = "all",
     position: int | Sequence[int] | str | None = None,
     relative: bool = True,
-    rows: int = 128,
+    rows: int = 64,
 ) -> HeatMap:
     """As ``patch``, for every attention head at one position (None: all of them): a map of layers x heads."""
     base, source = (run if isinstance(run, Run) else Run(run) for run in (base, source))

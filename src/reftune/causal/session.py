@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reftune.attach import edit_passing
-from reftune.causal.actions import Action
+from reftune.causal.actions import Action, keep
 from reftune.causal.locations import Location, Units, units
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
@@ -51,7 +51,16 @@ class Bound:
         found = units(self.location, hidden, layout, call, past, prompt_only=bool(self.sources))
         if found is None:
             return hidden
+        if self.action is keep:  # only read: no copy of the whole tensor
+            self._seen.append((found, self._read(hidden, found)))
+            return hidden
         return edit_rows(hidden, partial(self._edit, found, beams), found.rows, self.site.columns)
+
+    def _read(self, hidden: Tensor, found: Units) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        # A copy in any case: what passes here may be changed in place later on.
+        states = flat.index_select(0, found.rows) if isinstance(found.rows, Tensor) else flat.clone()
+        return states if self.site.columns is None else states[:, self.site.index]
 
     def _edit(self, found: Units, beams: int, states: Tensor) -> Tensor:
         self._seen.append((found, states))

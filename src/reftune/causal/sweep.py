@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftune.causal.interchange import Inputs, Intervention, Run, call, source_states
+from reftune.causal.locations import Sites
 from reftune.causal.reuse import Recording, batch_of, first_computed, picked_inputs
 from reftune.causal.session import Bound, Session
-from reftune.sites import Site, Stack
+from reftune.sites import Stack, find_stacks
 
 Metric = Callable[[Tensor], Tensor]
 """Takes the output of a batch, (batch, ...), logits as a rule, and gives a number for each row, (batch,)."""
@@ -32,7 +33,7 @@ def sweep(
     base: Run | Inputs,
     cells: Sequence[Sequence[Intervention]],
     metric: Metric,
-    rows: int = 128,
+    rows: int = 64,
     reuse: bool = True,
 ) -> Float[Tensor, "cells batch"]:
     """Run the base once under each cell's interventions.
@@ -53,13 +54,10 @@ def sweep(
     """
     base = base if isinstance(base, Run) else Run(base)
     batch = batch_of(base)
-    sites: dict[tuple[str, int | None], Site] = {}
+    sites = Sites(model)
 
     def bind(intervention: Intervention, sources: Sequence[Tensor], cell: int | None) -> Bound:
-        key = (intervention.location.component, intervention.location.layer)
-        if key not in sites:
-            sites[key] = intervention.location.site(model)
-        return Bound(intervention.location, sites[key], intervention.action, sources, cell)
+        return Bound(intervention.location, sites(intervention.location), intervention.action, sources, cell)
 
     flat = [intervention for cell in cells for intervention in cell]
     states = iter(source_states(model, [*base.interventions, *flat]))
@@ -123,8 +121,6 @@ def _with_stacks(
 
 
 def _record(model: nn.Module, base: Run, groups: dict[tuple[int, str], list[int]]) -> Recording:
-    from reftune.sites import find_stacks
-
     needed = [(first, name) for first, name in groups if first]
     stacks = {stack.name: stack for stack in find_stacks(model)} if needed else {}
     stack = stacks[needed[0][1]] if needed else Stack("", "", "", ())

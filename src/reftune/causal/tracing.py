@@ -50,7 +50,7 @@ def trace(
     noise: float = 3.0,
     samples: int = 4,
     seed: int = 0,
-    rows: int = 128,
+    rows: int = 64,
 ) -> Trace:
     """Trace a fact through layers and positions.
 
