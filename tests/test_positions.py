@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reftune import ReftuneError, parse_positions
-from reftune.positions import EVERY_ROW, PositionPlan, PromptMemory, read_layout
+from reftune.positions import EVERY_ROW, PositionPlan, read_layout
+from reftune.prompt_memory import PromptMemory
 
 SPECS = st.one_of(
     st.integers(1, 9).map(lambda n: f"f{n}"),

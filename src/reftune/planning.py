@@ -13,14 +13,15 @@ from transformers.utils import logging
 
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.positions import NOTHING, Mask, PositionPlan, Positions, PromptMemory, check_mask, read_layout
+from reftune.positions import NOTHING, Mask, PositionPlan, Positions, check_mask, read_layout
+from reftune.prompt_memory import PromptMemory
 
 CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
 """Arguments of ours that any forward takes; they are taken out before the model sees them."""
 
 TWO_FORWARDS = (
-    "Two forwards await one backward under gradient checkpointing, with an edit inside the block, on a model that does not "
-    "hand keyword arguments to its attention: the rows of the first can no longer be told. Run backward after each "
+    "Two forwards await one backward under gradient checkpointing, with an edit inside the block, on a model that does "
+    "not hand keyword arguments to its attention: the rows of the first can no longer be told. Run backward after each "
     "forward, switch gradient checkpointing off, or use component='block_output'."
 )
 
@@ -80,7 +81,7 @@ class Planner:
         """Whether a forward of the model is under way (otherwise a hook that runs belongs to a recomputation)."""
         return bool(self._calls)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Begin a forward of the root, or of a stack that is called by itself: take our arguments out and plan.
 
@@ -105,7 +106,7 @@ class Planner:
             self._calls.pop()
 
     def plan_of(self, stack: str) -> PositionPlan | None:
-        """The current forward's plan for a stack (a stack of another kind than the root's tokens gets the whole row)."""
+        """The current forward's plan for a stack (one of another kind than the root's tokens gets the whole row)."""
         plans = self._calls[-1].plans if self._calls else {}
         return plans.get(stack, plans.get("", NOTHING))
 
@@ -185,16 +186,18 @@ class Planner:
         """Run the model's own ``generate``, remembering where the prompts end.
 
         Args:
-            args, kwargs: as for ``transformers.GenerationMixin.generate``.
+            *args: as for ``transformers.GenerationMixin.generate``.
             intervention_mask: (batch, length), bool: the prompt tokens to edit, in place of the adapters' positions (of
                 an encoder-decoder: the encoder's tokens); or such masks by adapter name.
             intervention_directions: (batch, r), bool: the directions of each edit that act on each row; or such by
                 adapter name.
+            **kwargs: as for ``transformers.GenerationMixin.generate``.
 
         Raises:
             ReftuneError: a cache was passed in which earlier turns edited tokens that can no longer be recomputed.
         """
-        base_generate = type(self.model).generate
+        kind: Any = type(self.model)
+        base_generate = kind.generate
         active = self.active_positions()
         if not active:
             return base_generate(self.model, *args, **kwargs)
@@ -203,7 +206,8 @@ class Planner:
         if intervention_mask is not None and is_encoder_decoder(self.model):
             memory.encoder_mask = intervention_mask
         elif intervention_mask is not None:
-            memory.mask = check_mask(intervention_mask, *attended.shape, device)
+            rows, length = attended.shape
+            memory.mask = check_mask(intervention_mask, rows, length, device)
         cache = kwargs.get("past_key_values")
         if past:
             self._rewind(cache, past, memory, active, args, kwargs)
@@ -234,7 +238,8 @@ class Planner:
         tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if tokens is None or tokens.shape[1] != memory.attended.shape[1] or not hasattr(cache, "crop"):
             raise ReftuneError(
-                f"The cache passed to generate holds {past} tokens, but from token {keep} on they must be computed again: "
-                "only the newest prompt is edited. Pass the whole conversation's input_ids with the cache, or no cache."
+                f"The cache passed to generate holds {past} tokens, but from token {keep} on they must be computed "
+                "again: only the newest prompt is edited. Pass the whole conversation's input_ids with the cache, or "
+                "no cache."
             )
         cache.crop(keep - past)

@@ -8,18 +8,18 @@ The words used here, and everywhere else in the library:
   why padding side, batch, cache and chunking cannot change what is edited.
 - **prompt length** ``n``: how many attended tokens of the row belong to the prompt. The last prompt token is ``l1``.
 
-Grammar (``parse_positions``): ``fN`` the first N prompt tokens, ``lN`` the last N, ``fA+lB`` both, ``prompt`` every prompt
-token, ``generated`` every token after the prompt, ``all`` both. A prompt of n tokens gives ``fA+lB`` the prefix
-``min(A, n // 2)`` and the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited twice by
-one edit, and no response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section 3.3, with the short-prompt rule
-made exact.)
+Grammar (``parse_positions``): ``fN`` the first N prompt tokens, ``lN`` the last N, ``fA+lB`` both, ``prompt`` every
+prompt token, ``generated`` every token after the prompt, ``all`` both. A prompt of n tokens gives ``fA+lB`` the prefix
+``min(A, n // 2)`` and the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited
+twice by one edit, and no response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section
+3.3, with the short-prompt rule made exact.)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -63,8 +63,8 @@ class Positions:
         """Whether there is a prefix and a suffix, which may then have an edit each (``share_weights=False``)."""
         return self.prefix > 0 and self.suffix > 0
 
-    def counts(self, prompt_length: Int[Tensor, "..."]) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
-        """Prefix and suffix sizes that prompts of these lengths give (the short-prompt rule of the module docstring)."""
+    def counts(self, prompt_length: Int[Tensor, " ..."]) -> tuple[Int[Tensor, " ..."], Int[Tensor, " ..."]]:
+        """Prefix and suffix sizes that prompts of these lengths give (the module docstring's short-prompt rule)."""
         prefix = (prompt_length // 2 if self.has_two_ends else prompt_length).clamp(max=self.prefix)
         suffix = (prompt_length - prefix).clamp(max=self.suffix)
         return prefix, suffix
@@ -84,7 +84,8 @@ def parse_positions(text: str) -> Positions:
     """Read a position string.
 
     Args:
-        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"`` or ``"all"``; spaces, capitals do not matter.
+        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"`` or ``"all"``; spaces, capitals do not
+            matter.
 
     Raises:
         ReftuneError: the string does not parse, or asks for zero tokens.
@@ -219,7 +220,7 @@ class PositionPlan:
         found = rows if isinstance(rows, Tensor) else torch.arange(tokens, device=hidden.device)
         return wanted.to(hidden.device)[found // (tokens // wanted.shape[0])].float()
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
         selected = self._mask.get(adapter) if isinstance(self._mask, Mapping) else self._mask
         if selected is None:
@@ -228,8 +229,9 @@ class PositionPlan:
         tokens = hidden.numel() // hidden.shape[-1]
         if selected.numel() != tokens:
             raise ReftuneError(
-                f"This forward has {tuple(selected.shape)} tokens but the edited tensor holds {tokens}: the model changes "
-                "the sequence between its input and this site. Pass intervention_mask (batch, sequence) for that site."
+                f"This forward has {tuple(selected.shape)} tokens but the edited tensor holds {tokens}: the model "
+                "changes the sequence between its input and this site. Pass intervention_mask (batch, sequence) for "
+                "that site."
             )
         if self._row_adapters:
             batch, named = selected.shape[0], len(self._row_adapters)
@@ -254,7 +256,7 @@ def read_layout(
     past_length: int = 0,
     attention_mask: Any = None,
     position_ids: Tensor | None = None,
-    document_starts: Int[Tensor, "_"] | None = None,
+    document_starts: Int[Tensor, " _"] | None = None,
     labels: Tensor | None = None,
     label_offset: int = 0,
     prompt_lengths: Any = None,
@@ -264,7 +266,9 @@ def read_layout(
     """Read one forward's tokens from its arguments.
 
     Args:
-        batch, sequence, device: of the forward's tokens.
+        batch: of the forward's tokens.
+        sequence: of the forward's tokens.
+        device: of the forward's tokens.
         past_length: tokens per row already in the cache.
         attention_mask: 2-D (batch, past + sequence) or None (everything attended).
         position_ids: used to find the documents of packed rows (several zeros in a row).
@@ -316,8 +320,8 @@ def read_layout(
     lengths = _lengths_from_labels(supervised, attended, ordinal, documents, label_offset)
     if must_know_prompt is not None and bool((lengths == 0).any()):
         raise ReftuneError(
-            "A row has an empty prompt: its first token is already supervised, so a prompt position edits nothing there. "
-            "Train on completions only (labels of the prompt set to -100; in TRL completion_only_loss=True with "
+            "A row has an empty prompt: its first token is already supervised, so a prompt position edits nothing "
+            "there. Train on completions only (labels of the prompt set to -100; in TRL completion_only_loss=True with "
             "prompt/completion data), pass prompt_lengths, or use positions='all'."
         )
     return TokenLayout(attended, ordinal, lengths)
@@ -377,12 +381,12 @@ def _lengths_from_labels(
     return torch.minimum(firsts, sizes)[document].view(batch, sequence)
 
 
-def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor, "count"]:
+def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor, " count"]:
     lengths = torch.as_tensor(lengths, device=device)
     if lengths.is_floating_point() or lengths.ndim != 1 or lengths.shape[0] != count:
         raise ReftuneError(
-            f"prompt_lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}: it takes one integer for each of "
-            f"the {count} rows (or packed documents), the number of attended prompt tokens."
+            f"prompt_lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}: it takes one integer for each "
+            f"of the {count} rows (or packed documents), the number of attended prompt tokens."
         )
     return lengths.long()
 
@@ -401,89 +405,3 @@ def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) 
             f"intervention_mask has shape {tuple(mask.shape)}, expected (batch, sequence) = {(batch, sequence)}."
         )
     return mask != 0
-
-
-@dataclass
-class PromptMemory:
-    """What ``generate`` was given, kept for its forwards: decode steps, chunks, candidates and beams have no other source.
-
-    Attributes:
-        attended: the prompt's mask, (batch, length).
-        mask: an ``intervention_mask`` over the prompt (or one by adapter name), or None.
-        directions: the directions that act on each row, by adapter name.
-        encoder_mask: the same over an encoder-decoder's encoder input.
-        first_edited: the first cache column that an edit touched so far (a later turn re-prefills from there).
-    """
-
-    attended: Bool[Tensor, "batch length"]
-    mask: Mask = None
-    directions: Mapping[str, Tensor] = field(default_factory=dict)
-    encoder_mask: Any = None
-    first_edited: int | None = field(default=None, init=False)
-
-    def is_past(self, past_length: int) -> bool:
-        """Whether a forward after ``past_length`` cached tokens holds generated tokens only."""
-        return past_length >= self.attended.shape[1]
-
-    def plan(
-        self,
-        batch: int,
-        sequence: int,
-        past_length: int,
-        active: Mapping[str, Positions],
-        device: torch.device,
-        row_adapters: Sequence[str] | None = None,
-    ) -> PositionPlan | None:
-        """The plan of one forward inside ``generate``; rows are repeated for beams and return sequences.
-
-        Args:
-            batch, sequence: of the forward's tokens; ``batch`` is a multiple of the prompt's.
-            past_length: tokens in the cache before it.
-            active: positions of the active adapters.
-            device: of the forward's tokens.
-            row_adapters: as for ``PositionPlan``.
-        """
-        masked = active if isinstance(self.mask, Tensor) else self.mask or {}
-        if self.is_past(past_length) and all(p.stays_in_prompt or name in masked for name, p in active.items()):
-            return NOTHING
-        rows, length = self.attended.shape
-        if batch % rows:
-            raise ReftuneError(f"generate began with {rows} rows and now runs {batch}: positions cannot be kept.")
-        total = past_length + sequence
-
-        def grown(mask: Tensor, fill: bool) -> Tensor:
-            mask = mask.to(device).repeat_interleave(batch // rows, dim=0)
-            if total > length:
-                mask = torch.cat([mask, mask.new_full((batch, total - length), fill)], dim=1)
-            return mask[:, :total]
-
-        attended = grown(self.attended, True)
-        lengths = self.attended.sum(-1).to(device).repeat_interleave(batch // rows)
-        layout = read_layout(
-            batch=batch,
-            sequence=sequence,
-            device=device,
-            past_length=past_length,
-            attention_mask=attended,
-            prompt_lengths=lengths,
-        )
-        mask: Mask = None
-        if isinstance(self.mask, Mapping):
-            mask = {name: grown(one, False)[:, past_length:] for name, one in self.mask.items()}
-        elif self.mask is not None:
-            mask = grown(self.mask, False)[:, past_length:]
-        self._remember_first_edit(layout, mask, past_length, active)
-        directions = {name: one.repeat_interleave(batch // rows, dim=0) for name, one in self.directions.items()}
-        return PositionPlan(layout, mask, row_adapters=row_adapters, directions=directions)
-
-    def _remember_first_edit(
-        self, layout: TokenLayout, mask: Mask, past_length: int, active: Mapping[str, Positions]
-    ) -> None:
-        if self.first_edited is not None or not active:
-            return
-        masks = mask if isinstance(mask, Mapping) else {}
-        selected = [masks[name] if name in masks else layout.selected(p) for name, p in active.items()]
-        selected = [mask] if isinstance(mask, Tensor) else selected
-        columns = torch.stack(selected).any(0).any(0).nonzero()
-        if len(columns):
-            self.first_edited = past_length + int(columns[0])
