@@ -1,5 +1,6 @@
 """reftune: representation finetuning (ReFT) for any Hugging Face model."""
 
+from reftune import models
 from reftune.attach import Attachment, attach
 from reftune.config import ReftConfig
 from reftune.edits import Edit, available_edits, register_edit
@@ -27,6 +28,8 @@ __all__ = [
     # the PEFT method
     "ReftConfig",
     "ReftModel",
+    # base models
+    "models",
     # training
     "ReftTrainer",
     "ReftTrainingArguments",
