@@ -2,8 +2,8 @@
 
 Usage: python examples/composition.py [--model smollm2] [--layer 8] [--epochs 30]
 
-One rank-8 rotation is shared out: directions 0 to 3 learn to answer in capitals, 4 to 7 to answer with a question. Every
-training row names the part that it may use. Afterwards any part can be asked for by itself, and the whole edit
+One rank-8 rotation is shared out: directions 0 to 3 learn to answer in capitals, 4 to 7 to answer with a question.
+Every training row names the part that it may use. Afterwards any part can be asked for by itself, and the whole edit
 weakened or negated.
 """
 

@@ -28,7 +28,7 @@ TRAINING = {
     ],
     "weather": [
         "Rain spreads from the west.", "Fog until noon.", "A gale warning is out.", "Sunny, with light winds.",
-        "Snow falls above the tree line.", "Thunder in the evening.", "Frost on clear nights.", "Clouds clear later on.",
+        "Snow above the tree line.", "Thunder in the evening.", "Frost on clear nights.", "Clouds clear later on.",
     ],
 }  # fmt: skip
 HELD_OUT = {

@@ -3,8 +3,8 @@
 Usage: python examples/seed_script.py --model MODEL --csv FILE [--epochs N] [--learning-rate X] ...
 
 FILE has the columns prompt and completion. MODEL is a Llama-3 model (the post used rinna/llama-3-youko-8b on a T4), or
-`smollm2`, the small model that comes with this library. The chat header is Llama 3's unless the model has a chat template
-of another kind.
+`smollm2`, the small model that comes with this library. The chat header is Llama 3's unless the model has a chat
+template of another kind.
 """
 
 from __future__ import annotations

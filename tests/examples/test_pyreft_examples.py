@@ -57,7 +57,8 @@ def test_the_seed_script_runs_on_a_llama_3_model_with_its_header(tmp_path: Path,
     from transformers import AutoModelForCausalLM
 
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "out"))
-    assert saved.peft_config["default"].positions == "l1"
+    config: Any = saved.peft_config["default"]
+    assert config.positions == "l1"
 
 
 def _grow(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -130,7 +131,7 @@ def test_an_encoder_classifies(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=256, pad_token_id=0, num_labels=2,
+        max_position_embeddings=256, pad_token_id=0,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")

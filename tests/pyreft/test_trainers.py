@@ -60,9 +60,11 @@ def test_the_trainer_edits_where_the_locations_say(tmp_path: Path) -> None:
     data = _data("f1+l2")
     model = pyreft.get_reft_model(_llama(), _config())
     pyreft.ReftTrainerForCausalLM(
-        model=model, args=_arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, save_strategy="no", optim="sgd"),
-        tokenizer=TOKENIZER, **data,
-    ).train()  # fmt: skip
+        model=model,
+        args=_arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, save_strategy="no", optim="sgd"),
+        tokenizer=TOKENIZER,
+        **data,
+    ).train()
     found.append([p.detach() for p in model.parameters() if p.requires_grad])
 
     model = pyreft.get_reft_model(_llama(), _config()).train()
@@ -110,16 +112,14 @@ def test_a_checkpoint_holds_the_edits_alone_and_training_resumes_from_it(tmp_pat
 def test_a_classifiers_head_trains_and_is_saved_with_the_edit(tmp_path: Path) -> None:
     def base() -> Any:
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(TOKENIZER), max_position_embeddings=64, num_labels=2, pad_token_id=0, **SIZES
-        )
+        config = BertConfig(vocab_size=len(TOKENIZER), max_position_embeddings=64, pad_token_id=0, **SIZES)
         return BertForSequenceClassification(config)
 
     rows = [{"t": text, "y": n % 2} for n, text in enumerate(["ab", "xyz", "abc", "xz"])]
     data = pyreft.ReftClassificationDataset(
         "x", None, TOKENIZER, dataset=rows, input_field="t", label_field="y", position="f1"
     )
-    model = pyreft.get_reft_model(base(), _config())
+    model: Any = pyreft.get_reft_model(base(), _config())
     for parameter in model.model.classifier.parameters():
         parameter.requires_grad = True
     from transformers import DataCollatorWithPadding

@@ -51,7 +51,7 @@ def write_adapters(
     base_model: str | None = None,
     head: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
-    """Write edits as adapters of this library: one folder for edits that are alike, one inside it for each kind otherwise.
+    """Write edits as adapters: into one folder where they are alike, else one inside it for each kind.
 
     Args:
         folder: where to.

@@ -1,4 +1,4 @@
-"""pyreft's collators: they pad ``intervention_locations`` and ``subspaces`` along with what their inner collator pads."""
+"""pyreft's collators: they pad ``intervention_locations`` and ``subspaces`` along with what transformers' pad."""
 
 from __future__ import annotations
 

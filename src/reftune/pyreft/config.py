@@ -103,7 +103,7 @@ def read_component(component: str, layer: int | None) -> tuple[str, int | None]:
     """Pyvene's component as this library spells it.
 
     ``model.layers[8].output`` is ``block_output`` of layer 8, ``model.layers[8].mlp.output`` is
-    ``model.layers.{layer}.mlp:output``, and PEFT's wrapping (``base_model.model.``) is left out; names stay as they are.
+    ``model.layers.{layer}.mlp:output``; PEFT's wrapping (``base_model.model.``) is left out, and names stay.
 
     Returns:
         The component, and the layer (that of the path where it has one).

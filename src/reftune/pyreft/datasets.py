@@ -19,8 +19,8 @@ from reftune.pyreft.encoding import IGNORE_INDEX, encode_pair, labels_of
 from reftune.pyreft.locations import get_intervention_locations
 
 PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-    "that appropriately completes the request.\n\n### Instruction:\n%s\n\n### Input:\n%s\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n%s\n\n### Input:\n%s\n\n### Response:\n"
 )
 PROMPT_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -108,7 +108,7 @@ class ReftDataset(Dataset[Any]):
     def compute_intervention_and_subspaces(
         self, id: int, data_item: Mapping[str, Any], result: dict[str, Any], last_position: int, **kwargs: Any
     ) -> dict[str, Any]:
-        """Add ``intervention_locations`` and, where a row or argument has them, ``subspaces``; **changes ``result``**."""
+        """Add ``intervention_locations``, and ``subspaces`` where there are any; **changes ``result``**."""
         result["intervention_locations"] = self.get_intervention_locations(
             last_position=max(1, last_position - (self.legacy_offset if self.legacy_positions else 0)),
             positions=self.positions,
@@ -175,7 +175,7 @@ class ReftRawDataset(ReftDataset):
 
 
 class ReftClassificationDataset(ReftDataset):
-    """Text and a class: ``input_field`` (a column, or a pair of columns) and ``label_field``; all tokens are the prompt."""
+    """Text and a class: ``input_field`` (a column or a pair of them), ``label_field``; all tokens are the prompt."""
 
     needs = ("input_field", "label_field")
 

@@ -1,4 +1,4 @@
-"""Prompt and output as pyreft tokenises them, with its faults mended: a label always remains, and the boundary is exact."""
+"""Prompt and output as pyreft tokenises them, but a label always remains, and the boundary is exact."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ _ORTHOGONAL = "rotate_layer.parametrizations.weight."
 def read_pyreft(folder: Path) -> list[Representation]:
     """The edits of a folder that pyreft's ``save`` wrote, in the order in which they were configured.
 
-    Both spellings of its file names are read (dots or underscores), as ``.bin`` (tensors alone, never arbitrary pickles)
-    or safetensors.
+    Both spellings of its file names are read (dots or underscores), as ``.bin`` (tensors alone, never arbitrary
+    pickles) or safetensors.
 
     Raises:
         ReftuneError: not such a folder, an intervention that is none of pyreft's six, or a damaged file.
@@ -132,8 +132,8 @@ def import_pyreft(
     Args:
         folder: what pyreft's ``save`` wrote.
         output: the folder to write.
-        model: the base model (a name that ``reftune.models.load`` takes, or a folder). Without it, the layout of Llama's
-            and most other decoders, ``model.layers.N``, is taken.
+        model: the base model (a name that ``reftune.models.load`` takes, or a folder). Without it, the layout of
+            Llama's and most other decoders, ``model.layers.N``, is taken.
         positions: which tokens to edit, which pyreft does not save.
 
     Returns:
@@ -177,7 +177,7 @@ def _block_paths(model: str | None) -> Callable[[Representation], str]:
 def _checked_path(one: Representation, empty: Any, model: str) -> str:
     site, width = one.site(empty), getattr(one.intervention, "width", None)
     if site.width != width:
-        raise ReftuneError(f"The adapter edits states of width {width}, and {model!r} has {site.width}: name its base model.")
+        raise ReftuneError(f"The adapter edits states of width {width}, and {model!r} has {site.width}: name its base.")
     return site.block_path
 
 

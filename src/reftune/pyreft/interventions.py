@@ -52,9 +52,8 @@ class _PyreftArguments:
         taken = inspect.signature(edit.__init__).parameters
         if other:
             logger.info("%s leaves %s aside", type(self).__name__, ", ".join(other))
-        super().__init__(  # pyright: ignore[reportCallIssue]
-            embed_dim, low_rank_dimension, **{name: value for name, value in given.items() if name in taken}
-        )
+        options = {name: value for name, value in given.items() if name in taken}
+        super().__init__(embed_dim, low_rank_dimension, **options)  # pyright: ignore[reportCallIssue]
 
     @property
     def embed_dim(self) -> int:

@@ -46,7 +46,8 @@ def get_intervention_locations(
     Args:
         last_position: number of prompt tokens (as in pyreft, where the name misleads).
         positions: ``"f7+l7"`` and the like, in place of ``first_n`` and ``last_n``.
-        first_n, last_n: prompt tokens at the start and at the end.
+        first_n: prompt tokens at the start.
+        last_n: prompt tokens at the end.
         num_interventions: number of interventions.
         share_weights: tied or untied.
         pad_mode: accepted as pyreft does; there is no padding token to choose here.
@@ -68,8 +69,8 @@ def get_intervention_locations(
         return [_filled(prefix + suffix, first_n + last_n) for _ in range(num_interventions)]
     if num_interventions % 2:
         raise ReftuneError(
-            f"num_interventions={num_interventions}: untied interventions come in pairs, one for the prefix and one for "
-            "the suffix of each layer; list every layer twice, or use share_weights=True."
+            f"num_interventions={num_interventions}: untied interventions come in pairs, one for the prefix and one "
+            "for the suffix of each layer; list every layer twice, or use share_weights=True."
         )
     width, half = max(first_n, last_n), num_interventions // 2
     return [_filled(prefix, width) for _ in range(half)] + [_filled(suffix, width) for _ in range(half)]
@@ -83,9 +84,9 @@ def location_masks(unit_locations: Any, names: Sequence[str], batch: int, length
     """The tokens that each intervention edits, as masks (batch, length) by name; no entry where it edits every token.
 
     Args:
-        unit_locations: pyvene's: ``{"sources->base": (None, L)}`` or ``{"base": L}``, where L is a token's number for all,
-            or for each intervention None or a list of rows of token numbers (one row serves the whole batch). Or a tensor
-            ``intervention_locations``, (batch, interventions, positions). Negative numbers mean no token.
+        unit_locations: pyvene's: ``{"sources->base": (None, L)}`` or ``{"base": L}``, where L is a token's number for
+            all, or for each intervention None or a list of rows of token numbers (one row serves the whole batch). Or a
+            tensor ``intervention_locations``, (batch, interventions, positions). Negative numbers mean no token.
         names: names of the interventions.
         batch: rows.
         length: tokens of a row.
@@ -146,7 +147,9 @@ def subspace_directions(
     Args:
         subspaces: for each intervention None or a list of rows, each a list of directions or, with a partition, of its
             parts. Or a tensor (batch, interventions, directions). Negative numbers mean none.
-        names, ranks, partitions: of the interventions.
+        names: of the interventions.
+        ranks: of the interventions.
+        partitions: of the interventions.
         batch: rows.
 
     Raises:

@@ -28,8 +28,8 @@ EVERYWHERE, ON_PROMPT, AFTER_PROMPT = (parse_positions(text) for text in ("all",
 class ReftModel(nn.Module):
     """A model with edits, called as pyreft's is; **attaches the edits to ``model``**, which stays as it is by itself.
 
-    The edits act inside this object's calls alone (and while it is in training mode, until ``eval()``); ``model`` called
-    directly gives the base model's outputs.
+    The edits act inside this object's calls alone (after a training step, until ``eval()``); ``model`` called directly
+    gives the base model's outputs.
 
     Args:
         config: where to edit and with what.
@@ -172,14 +172,16 @@ class ReftModel(nn.Module):
 
         Args:
             base: the model's inputs by name (``input_ids``, ``attention_mask``, ...).
-            sources, source_representations: have no place in ReFT, and must be None.
+            sources: has no place in ReFT, and must be None.
+            source_representations: likewise.
             unit_locations: which tokens each edit touches (see ``reftune.pyreft.locations``); None: every token.
             subspaces: which directions of each edit act; None: all.
             labels: as the model takes them.
             output_original_output: whether the base model's output is wanted as well.
-            return_dict, use_cache: as the model takes them.
-            **inputs: without ``base``: the inputs themselves, ``intervention_locations`` among them, as a trainer passes
-                a batch.
+            return_dict: likewise.
+            use_cache: likewise.
+            **inputs: without ``base``: the inputs themselves, ``intervention_locations`` among them, as a trainer
+                passes a batch.
 
         Returns:
             The pair (base model's output or None, edited output); without ``base``, the edited output.
@@ -221,7 +223,8 @@ class ReftModel(nn.Module):
 
         Args:
             base: the tokenised prompts, ``input_ids`` and ``attention_mask``.
-            sources, source_representations: must be None.
+            sources: must be None.
+            source_representations: must be None.
             unit_locations: which tokens of the prompt each edit touches; None: all that ``intervene_on_prompt`` names.
             intervene_on_prompt: True: the prompt is edited. False (pyreft's default): the generated tokens are.
             subspaces: which directions of each edit act.
@@ -240,8 +243,8 @@ class ReftModel(nn.Module):
             )
         if unit_locations is not None and not intervene_on_prompt:
             raise ReftuneError(
-                "unit_locations name tokens of the prompt: pass intervene_on_prompt=True, or no unit_locations to edit the "
-                "generated tokens."
+                "unit_locations name tokens of the prompt: pass intervene_on_prompt=True, or no unit_locations to edit "
+                "the generated tokens."
             )
         given: dict[str, Any] = {"pad_token_id": _pad_token(self.get_base_model()), **dict(base), **kwargs}
         model: Any = self.model
