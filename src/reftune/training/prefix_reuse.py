@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from reftune.attach import Engine
 from reftune.errors import ReftuneError
@@ -302,10 +303,12 @@ class PrefixReuse:
         shared, (batch, width) = len(self._shared), ids.shape
         if self._root is not None:
             for layer, (keys, values) in zip(cache.layers, self._root, strict=True):
+                assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
                 layer.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1))
         attended = torch.arange(width) < lengths.unsqueeze(1)
+        attended = torch.cat([torch.ones(batch, shared, dtype=torch.bool), attended], dim=1)
         inputs = {
-            "attention_mask": torch.cat([torch.ones(batch, shared, dtype=torch.bool), attended], dim=1).long().to(device),
+            "attention_mask": attended.long().to(device),
             "position_ids": tail_positions(torch.full((batch,), shared, device=device), width),
             "past_key_values": cache,
             "use_cache": True,
@@ -457,12 +460,13 @@ class PrefixSwitch:
         mode: ``"auto"``, ``"on"`` (being off is then an error) or ``"off"``.
         cache_gib: budget of host memory in GiB; None: a quarter of what is free.
         datasets: the tokenised rows that will come, for what they all begin with.
+        disk: whether memory-mapped files take what memory does not.
 
     Attributes:
         status: ``"on"``, or ``"off"`` with the reason.
     """
 
-    def __init__(self, mode: str, cache_gib: float | None, datasets: list[Any]) -> None:
+    def __init__(self, mode: str, cache_gib: float | None, datasets: list[Any], disk: bool = True) -> None:
         if mode not in ("auto", "on", "off"):
             raise ReftuneError(f"prefix_reuse={mode!r}: must be one of auto, on, off.")
         if cache_gib is not None and cache_gib < 0:
@@ -470,6 +474,7 @@ class PrefixSwitch:
         self.mode = mode
         self.status = "off: asked for" if mode == "off" else "on"
         self._bytes = None if cache_gib is None else int(cache_gib * GIB)
+        self._disk_bytes = None if disk else 0
         self._datasets = [rows for rows in datasets if rows is not None]
         self._reuse: PrefixReuse | None = None
 
@@ -501,7 +506,7 @@ class PrefixSwitch:
             return None
 
     def _begin(self, model: nn.Module) -> PrefixReuse:
-        reuse = PrefixReuse(model, PrefixStore(self._bytes))
+        reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes))
         if reuse.has_prefix:
             rows = (row for dataset in self._datasets for row in dataset)
             reuse.share(shared_beginning(rows, reuse.positions))
