@@ -143,3 +143,19 @@ def test_the_position_generated_edits_what_follows_the_prompt_alone() -> None:
         plain = model.generate(**inputs, **options)[0].tolist()
     assert edited[7] == plain[7]  # the first new token is predicted by the prompt
     assert edited != plain
+
+
+def test_an_edit_that_writes_its_change_alone_works_but_has_no_directions() -> None:
+    class Shift(reftune.Edit):
+        """h + 1."""
+
+        def change(self, h: Tensor) -> Tensor:
+            return torch.ones_like(h)
+
+        def reset_parameters(self) -> None:
+            """There are none."""
+
+    model = _model(r=2, method=Shift)
+    torch.testing.assert_close(_hidden(model)[:, -1], _base_hidden(model)[:, -1] + 1)
+    with pytest.raises(ReftuneError, match="Shift has no directions to choose from"):
+        _hidden(model, intervention_directions=torch.ones(2, 2))

@@ -66,7 +66,8 @@ def _position_columns(found: AdapterInfo) -> list[tuple[str, tuple[str, ...]]]:
     """The stretches of a row from its first token to its last, each with the parts of an edit that touch it."""
     positions, every = found.positions, ("both", "prefix", "suffix")
     if positions.kind != "ends":
-        return [("prompt", every), ("answer", every if positions.kind == "all" else ())]
+        in_prompt, after = positions.kind != "generated", positions.kind in ("all", "generated")
+        return [("prompt", every if in_prompt else ()), ("answer", every if after else ())]
     columns: list[tuple[str, tuple[str, ...]]] = []
     if positions.prefix:
         columns.append((f"first {positions.prefix}", ("both", "prefix")))

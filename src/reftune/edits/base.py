@@ -72,19 +72,22 @@ class Edit(nn.Module):
         """**Overwrites every parameter** with its initial value."""
         raise NotImplementedError
 
-    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+    def coordinates(
+        self, h: Float[Tensor, "*rows width"]
+    ) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """The two factors of the formula without `h +`, written by a subclass: r numbers, and the r directions of them.
 
         `h` and both results are float32, or all are float64.
-        """
-        raise NotImplementedError
 
-    def change(
-        self, h: Float[Tensor, "*rows width"], directions: Float[Tensor, "*#rows r"] | None = None
-    ) -> Float[Tensor, "*rows width"]:
-        """The formula without `h +`, along those of the r directions that are 1 in `directions` (None: along all)."""
+        Raises:
+            ReftuneError: the subclass has only written `change`.
+        """
+        raise ReftuneError(f"{type(self).__name__} has no directions to choose from: it does not write coordinates(h)")
+
+    def change(self, h: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """The formula without `h +`; a subclass whose formula is no such product writes this instead."""
         coordinates, basis = self.coordinates(h)
-        return (coordinates if directions is None else coordinates * directions.to(h.dtype)) @ basis
+        return coordinates @ basis
 
     def fold(self) -> FoldedEdit:
         """The edit as (A, b, B), in the dtype of its parameters.
@@ -102,7 +105,11 @@ class Edit(nn.Module):
     ) -> Float[Tensor, "*rows width"]:
         """What the edit adds to `h`, without dropout, in float32 (float64 where `h` is), under autocast too."""
         with without_autocast(h.device.type):
-            return self.change(h.to(compute_dtype(h)), directions)
+            x = h.to(compute_dtype(h))
+            if directions is None:
+                return self.change(x)
+            coordinates, basis = self.coordinates(x)
+            return (coordinates * directions.to(x.dtype)) @ basis
 
     def forward(
         self, h: Float[Tensor, "*rows width"], directions: Float[Tensor, "*#rows r"] | None = None
