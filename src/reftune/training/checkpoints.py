@@ -125,10 +125,12 @@ def readable_write_errors(run_dir: str, unfinished: str | None) -> Iterator[None
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         reason = "the disk is full" if full or _nearly_full(run_dir) else str(error).split("\n")[0]
         last = last_complete_checkpoint(run_dir)
-        kept = f"{last} is complete: make room and resume from it" if last else "make room, or choose another folder"
-        raise ReftuneError(
-            f"Could not write a checkpoint to {run_dir}: {reason}. {kept[0].upper()}{kept[1:]}."
-        ) from error
+        kept = (
+            f"The checkpoint {last} is complete: make room and resume from it"
+            if last
+            else "Make room, or choose another folder"
+        )
+        raise ReftuneError(f"Could not write a checkpoint to {run_dir}: {reason}. {kept}.") from error
 
 
 def _is_write_failure(error: BaseException) -> bool:
