@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.positions import NOTHING, Mask, PositionPlan, Positions, check_mask, read_layout
+from reftune.positions import NOTHING, Mask, PositionPlan, Positions, read_layout
 from reftune.prompt_memory import PromptMemory
 
 CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
@@ -48,6 +49,22 @@ def by_adapter(value: Any, names: Iterable[str]) -> dict[str, Tensor]:
         return {}
     given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
     return {name: torch.as_tensor(one) != 0 for name, one in given.items()}
+
+
+def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """Check a caller's ``intervention_mask``: (batch, sequence), true where edits apply; or such by adapter name."""
+    if isinstance(mask, Mapping):
+        return {name: _check_one_mask(value, batch, sequence, device) for name, value in mask.items()}
+    return _check_one_mask(mask, batch, sequence, device)
+
+
+def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
+    mask = torch.as_tensor(mask, device=device)
+    if tuple(mask.shape) != (batch, sequence):
+        raise ReftuneError(
+            f"intervention_mask has shape {tuple(mask.shape)}, expected (batch, sequence) = {(batch, sequence)}."
+        )
+    return mask != 0
 
 
 class Planner:

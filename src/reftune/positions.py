@@ -389,19 +389,3 @@ def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor
             f"of the {count} rows (or packed documents), the number of attended prompt tokens."
         )
     return lengths.long()
-
-
-def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Check a caller's ``intervention_mask``: (batch, sequence), true where edits apply; or such by adapter name."""
-    if isinstance(mask, Mapping):
-        return {name: _check_one_mask(value, batch, sequence, device) for name, value in mask.items()}
-    return _check_one_mask(mask, batch, sequence, device)
-
-
-def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
-    mask = torch.as_tensor(mask, device=device)
-    if tuple(mask.shape) != (batch, sequence):
-        raise ReftuneError(
-            f"intervention_mask has shape {tuple(mask.shape)}, expected (batch, sequence) = {(batch, sequence)}."
-        )
-    return mask != 0
