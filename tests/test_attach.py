@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def test_an_identity_edit_changes_no_bit_and_detaching_leaves_no_trace(name: str
     assert Engine.of(model) is None and "generate" not in vars(model)
 
 
+def tokens_passing(module: nn.Module, side: str, forward: Callable[[], object]) -> torch.Tensor:
+    """The last tensor that passes one side of a module in ``forward()``, its tokens flattened to rows."""
+    seen: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: tuple, kwargs: dict, output: object = None) -> None:
+        tensor = output if side == "output" else (args[0] if args else kwargs["hidden_states"])
+        seen.append((tensor[0] if isinstance(tensor, tuple) else tensor).detach())
+
+    register = module.register_forward_hook if side == "output" else module.register_forward_pre_hook
+    handle = register(watch, with_kwargs=True)
+    forward()
+    handle.remove()
+    return seen[-1].reshape(-1, seen[-1].shape[-1])
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_constant_edit_changes_its_position_and_nothing_before_it_downstream(name: str):
     model = TINY[name]()
@@ -65,24 +81,12 @@ def test_a_constant_edit_changes_its_position_and_nothing_before_it_downstream(n
         for component in COMPONENTS:
             sites = find_sites(model, stack + component, 0)
             module = model.get_submodule(sites[0].module_path)
-            seen: list[torch.Tensor] = []
-
-            def watch(module: nn.Module, args: tuple, kwargs: dict, output: object = None, side: str = sites[0].side):
-                tensor = output if side == "output" else (args[0] if args else kwargs["hidden_states"])
-                seen.append((tensor[0] if isinstance(tensor, tuple) else tensor).detach())
-
-            def run() -> torch.Tensor:
-                register = module.register_forward_hook if sites[0].side == "output" else module.register_forward_pre_hook
-                handle = register(watch, with_kwargs=True)
-                output_of(model, name)
-                handle.remove()
-                return seen[-1].reshape(-1, seen[-1].shape[-1])
-
-            before = run()
+            side = sites[0].side
+            before = tokens_passing(module, side, lambda: output_of(model, name))
             last = output_of(model, name)
             tokens = before.shape[0] // 2
             with reftune.attach(model, method=AddConstant, r=1, layers_to_transform=0, component=stack + component):
-                after = run()
+                after = tokens_passing(module, side, lambda: output_of(model, name))
                 changed = (after != before).any(-1).nonzero().squeeze(-1).tolist()
                 assert changed == [tokens - 1, 2 * tokens - 1], (component, "l1 of each of the two rows")
                 columns = range(after.shape[-1]) if sites[0].columns is None else sites[0].columns
@@ -128,7 +132,13 @@ def test_several_attachments_work_together_and_detach_in_any_order():
     first = reftune.attach(model, method=AddConstant, r=1, layers_to_transform=0, name="first")
     one = output_of(model, "llama")
     second = reftune.attach(
-        model, method=AddConstant, r=1, layers_to_transform=[0, 2], component="mlp_output", name="second", positions="all"
+        model,
+        method=AddConstant,
+        r=1,
+        layers_to_transform=[0, 2],
+        component="mlp_output",
+        name="second",
+        positions="all",
     )
     both = output_of(model, "llama")
     assert not torch.equal(both, one)

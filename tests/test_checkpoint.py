@@ -79,9 +79,7 @@ def test_a_missing_tensor_is_refused_rather_than_left_random(folder: Path):
 def test_an_adapter_of_a_wider_base_is_refused_with_both_shapes(tmp_path: Path):
     wide = TINY["llama"]()
     config = type(wide.config)(**{**wide.config.to_dict(), "hidden_size": 48, "head_dim": 12})
-    model = get_peft_model(
-        type(wide)(config), reftune.ReftConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(type(wide)(config), reftune.ReftConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path)
     refused(tmp_path, "(2, 48)", "(2, 32)", "another base model")
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -124,7 +123,8 @@ class Engine:
         Args:
             name: the adapter's name.
             placement: where and when it edits.
-            edit, pair: the edit, and the suffix's edit of an untied pair.
+            edit: the edit, or the prefix's edit of an untied pair.
+            pair: the suffix's edit of an untied pair.
         """
         path = placement.site.block_path
         block = self.model.get_submodule(path)
@@ -205,7 +205,11 @@ class Engine:
 
     def active_positions(self) -> dict[str, Positions]:
         """Positions of the adapters that edit now."""
-        return {name: found.placements[name].positions for found in self.interventions.values() for name in found.active_names()}
+        return {
+            name: found.placements[name].positions
+            for found in self.interventions.values()
+            for name in found.active_names()
+        }
 
     # Installing hooks
 
@@ -247,7 +251,9 @@ class Engine:
         places = dict.fromkeys((site.module_path, site.side) for site in sites)
         inside = any(module_path != path for module_path, _ in places)
         attention = attention_module(block) if inside else None
-        hands_on = attention is not None and attention is not block and all(map(accepts_any_keyword, (block, attention)))
+        hands_on = (
+            attention is not None and attention is not block and all(map(accepts_any_keyword, (block, attention)))
+        )
         stack = sites[0].stack.name if sites[0].stack else ""
         enter = partial(self._enter_block, intervention, stack, hands_on)
         self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
@@ -269,7 +275,13 @@ class Engine:
         return args, kwargs
 
     def _enter_block(
-        self, intervention: Intervention, stack: str, hands_on: bool, block: nn.Module, args: Any, kwargs: dict[str, Any]
+        self,
+        intervention: Intervention,
+        stack: str,
+        hands_on: bool,
+        block: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> Any:
         carried = PLAN in kwargs
         if carried or self.planner.in_forward:
@@ -315,13 +327,19 @@ def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any,
         return edit(output)
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return type(output)([edit(output[0]), *output[1:]])
-    raise ReftuneError(f"{type(module).__name__} returns a {type(output).__name__}; an edit needs a tensor or a tuple of tensors.")
+    raise ReftuneError(
+        f"{type(module).__name__} returns a {type(output).__name__}; an edit needs a tensor or a tuple of tensors."
+    )
 
 
 def _edit_input(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     if args and isinstance(args[0], Tensor):
         return (edit(args[0]), *args[1:]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next((k for k, v in kwargs.items() if isinstance(v, Tensor)), None)
+    name = (
+        "hidden_states"
+        if "hidden_states" in kwargs
+        else next((k for k, v in kwargs.items() if isinstance(v, Tensor)), None)
+    )
     if name is None:
         raise ReftuneError(f"{type(module).__name__} is called without a tensor; its input cannot be edited.")
     return args, {**kwargs, name: edit(kwargs[name])}
@@ -395,8 +413,14 @@ def attach(
 
     Args:
         model: any transformers model, or any ``nn.Module`` whose sites are named by module path.
-        method, r, layers_to_transform, component, positions, share_weights: as in ``ReftConfig``.
-        edits: ready-made edits by site, one a block, in place of ``method``, ``r``, ``layers_to_transform``, ``component``.
+        method: as in ``ReftConfig``.
+        r: as in ``ReftConfig``.
+        layers_to_transform: as in ``ReftConfig``.
+        component: as in ``ReftConfig``.
+        positions: as in ``ReftConfig``.
+        share_weights: as in ``ReftConfig``.
+        edits: ready-made edits by site, one a block, in place of ``method``, ``r``, ``layers_to_transform``,
+            ``component``.
         name: the edits' name among those on this model; several attachments work together, in the order attached.
         options: further arguments of the edit: ``dropout``, ``act_fn``, ``init``, ``parametrization``.
 
@@ -408,7 +432,9 @@ def attach(
     """
     engine = Engine.of(model) or Engine(model, _plain_intervention)
     if engine.make_intervention is not _plain_intervention:
-        raise ReftuneError("This model carries a PEFT ReFT adapter: add another with model.add_adapter(name, ReftConfig(...)).")
+        raise ReftuneError(
+            "This model carries a PEFT ReFT adapter: add another with model.add_adapter(name, ReftConfig(...))."
+        )
     if name in engine.adapter_names():
         raise ReftuneError(f"name={name!r}: this model already has edits of that name; give these another name.")
     if edits is None:

@@ -31,9 +31,7 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
         ReftuneError: a tensor that is missing or of another shape.
     """
     marks = (f".reft_edits.{adapter_name}.", f".reft_suffix_edits.{adapter_name}.")
-    expected = {
-        name: value for name, value in model.state_dict().items() if any(mark in name for mark in marks)
-    }
+    expected = {name: value for name, value in model.state_dict().items() if any(mark in name for mark in marks)}
     base = getattr(config, "base_model_name_or_path", None)
     prefix = "base_model.model."
     given = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -41,8 +39,8 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
         found = given.get(name.removeprefix(prefix))
         if found is None:
             raise ReftuneError(
-                f"The adapter holds no tensor for {name.removeprefix(prefix)}: its file is incomplete, or it was trained on "
-                f"another base model than this one (trained on {base!r})."
+                f"The adapter holds no tensor for {name.removeprefix(prefix)}: its file is incomplete, or it was "
+                f"trained on another base model than this one (trained on {base!r})."
             )
         if found.shape != value.shape:
             raise ReftuneError(
@@ -86,7 +84,8 @@ def check_weights_file(folder: str | Path) -> None:
                 tensors.get_slice(name)
     except (SafetensorError, OSError) as error:
         raise ReftuneError(
-            f"{path} is not an intact safetensors file ({error}): it was cut off or overwritten. Use an earlier checkpoint."
+            f"{path} is not an intact safetensors file ({error}): it was cut off or overwritten. Use an earlier "
+            "checkpoint."
         ) from None
 
 

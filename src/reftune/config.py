@@ -58,13 +58,16 @@ class ReftConfig(PeftConfig):
     )
     positions: str = field(
         default="l1",
-        metadata={"help": "Which tokens: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token."},
+        metadata={
+            "help": "Which tokens: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token."
+        },
     )
     share_weights: bool = field(
         default=True, metadata={"help": "One edit for prefix and suffix (tied); false gives each its own."}
     )
     dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropping an element of the edit in training (never of the state)."}
+        default=0.0,
+        metadata={"help": "Probability of dropping an element of the edit in training (never of the state)."},
     )
     act_fn: str | None = field(
         default=None, metadata={"help": "Activation inside the edit, by its transformers name; none is linear."}

@@ -19,8 +19,9 @@ NO_PROMPT_IN_TRAINING = (
     "with the batch, as reftune's collators do, or use positions='all'."
 )
 NO_PROMPT_UNCACHED = (
-    "This forward was asked for without a cache (use_cache=False) and does not say where its prompt ends: as a step of a "
-    "hand-written decoding loop it would edit generated tokens. Pass prompt_lengths (batch,), or use model.generate(...)."
+    "This forward was asked for without a cache (use_cache=False) and does not say where its prompt ends: as a step of "
+    "a hand-written decoding loop it would edit generated tokens. Pass prompt_lengths (batch,), or use "
+    "model.generate(...)."
 )
 PACKED_GENERATION = (
     "generate_batch (continuous batching) packs the rows of several requests and does not say where their prompts end. "
@@ -132,7 +133,8 @@ def generation_prompt(
 
     Args:
         model: a model that generates.
-        args, kwargs: the arguments of its ``generate``.
+        args: the arguments of its ``generate``.
+        kwargs: and those by name.
 
     Returns:
         The 2-D mask of the decoder's prompt (batch, length), the number of tokens already in a cache that was passed,

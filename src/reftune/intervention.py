@@ -96,17 +96,18 @@ class Intervention(nn.Module):
             return [("prefix", self.reft_edits[name]), ("suffix", self.reft_suffix_edits[name])]
         return [("both", self.reft_edits[name])]
 
-    def apply_at(self, module_path: str, side: str, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def apply_at(self, module_path: str, side: str, hidden: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
         """Edit a hidden state passing (module_path, side), at the rows of the current plan.
 
         Args:
-            module_path, side: the hooked place.
+            module_path: the hooked place.
+            side: of that module, ``"input"`` or ``"output"``.
             hidden: (..., channels); its leading dimensions hold batch * sequence tokens.
 
         Returns:
             The edited tensor, of the same shape, dtype and device; the very same tensor when nothing is edited.
         """
-        if self.plan is NOTHING:
+        if self.plan is None:  # NOTHING
             return hidden
         for name in self.active_names():
             placement = self.placements[name]
@@ -121,13 +122,13 @@ class Intervention(nn.Module):
 
 
 def edit_rows(
-    hidden: Float[Tensor, "..."],
+    hidden: Float[Tensor, " ..."],
     edit: Callable[[Tensor], Tensor],
     rows: Rows,
     columns: range | tuple[int, ...] | None = None,
     scale: float = 1.0,
     directions: Float[Tensor, "rows r"] | None = None,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, " ..."]:
     """Gather rows, edit them, and put them back; every other row keeps its bits.
 
     Args:

@@ -118,5 +118,7 @@ def test_dpo_prefers_the_chosen_answer_against_the_disabled_adapter(tmp_path, ti
     history = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert abs(history[0]["loss"] - 0.6931) < 1e-3, "at the start the edit is the identity, so policy equals reference"
     assert history[-1]["rewards/margins"] > 0.05 > abs(history[0]["rewards/margins"])
-    assert all(len(states) == 16 for states in seen), "two tokens of four chosen and four rejected rows; none in reference"
+    assert all(len(states) == 16 for states in seen), (
+        "two tokens of four chosen and four rejected rows; none in reference"
+    )
     assert len(seen) == 8

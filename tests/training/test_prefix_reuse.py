@@ -184,7 +184,9 @@ def weights(trainer: ReftTrainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradient_accumulation_steps": 2}, {"prefix_cache_gib": 1e-6}], ids=["plain", "accumulated", "tight"]
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, {"prefix_cache_gib": 1e-6}],
+    ids=["plain", "accumulated", "tight"],
 )
 def test_three_shuffled_epochs_end_at_the_same_weights(tmp_path, changes: dict):
     off, on = train(tmp_path / "off", "off", **changes), train(tmp_path / "on", "on", **changes)
@@ -251,7 +253,9 @@ def test_lora_beside_the_edit_switches_it_off():
     lora = get_peft_model(TINY["llama"](), LoraConfig(r=2, target_modules=["q_proj"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        both = get_peft_model(lora.get_base_model(), reftune.ReftConfig(r=2, layers_to_transform=[1]), adapter_name="edit")
+        both = get_peft_model(
+            lora.get_base_model(), reftune.ReftConfig(r=2, layers_to_transform=[1]), adapter_name="edit"
+        )
     assert "lora" in refusal(both)
 
 

@@ -81,7 +81,9 @@ class ReftTrainingArguments(TrainingArguments):
     )
     prefix_cache_gib: float | None = field(
         default=None,
-        metadata={"help": "Memory for prefix reuse in GiB; by default a quarter of what is free. As much again on disk."},
+        metadata={
+            "help": "Memory for prefix reuse in GiB; by default a quarter of what is free. As much again on disk."
+        },
     )
 
     def __post_init__(self) -> None:

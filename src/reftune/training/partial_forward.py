@@ -1,7 +1,7 @@
 """Running some of a model's blocks: those before the first edit once, those after it in every step.
 
-What stands between ``first`` and ``stop`` runs; every other block is stood in for by a ``KnownBlock`` for the length of a
-``with`` block. The list keeps its length and order, because models choose masks and cache layers by a block's index.
+What stands between ``first`` and ``stop`` runs; every other block is stood in for by a ``KnownBlock`` for the length of
+a ``with`` block. The list keeps its length and order, because models choose masks and cache layers by a block's index.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def only_blocks(
 
     Args:
         blocks: a stack's list.
-        first, stop: indices.
+        first: index of the first block that runs.
+        stop: index of the block after the last one that runs.
         entering: the hidden state that enters block ``first``, (batch, sequence, hidden); None lets it come from below.
         with_hooks: whether the hooks of block ``first - 1`` run on ``entering``.
         as_tuple: as in ``KnownBlock``.
@@ -84,9 +85,11 @@ def only_blocks(
 def output_of(block: nn.Module) -> Iterator[list[Tensor]]:
     """Collect a block's hidden states while the context lasts; **installs a hook, and always removes it**."""
     found: list[Tensor] = []
-    handle = block.register_forward_hook(
-        lambda module, args, output: found.append(output[0] if isinstance(output, (tuple, list)) else output)
-    )
+
+    def collect(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, (tuple, list)) else output)
+
+    handle = block.register_forward_hook(collect)
     try:
         yield found
     finally:
@@ -113,6 +116,7 @@ def build_cache(
     cache = DynamicCache(config=config)
     unread = prefix.new_zeros(1).expand(batch, heads, tokens, dim)
     for index, layer in enumerate(cache.layers):
+        assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
         keys, values = (prefix[index - first, 0], prefix[index - first, 1]) if index >= first else (unread, unread)
         layer.lazy_initialization(keys, values)
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -137,7 +141,9 @@ def cache_obstacle(config: Any) -> str | None:
     layers = DynamicCache(config=config).layers
     kinds = {type(layer) for layer in layers}
     if not layers or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return f"its cache has layers of other kinds than keys and values ({', '.join(sorted(k.__name__ for k in kinds))})"
+        return (
+            f"its cache has layers of other kinds than keys and values ({', '.join(sorted(k.__name__ for k in kinds))})"
+        )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "num_kv_shared_layers", 0):
         return "its layers share keys and values"

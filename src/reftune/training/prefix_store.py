@@ -1,4 +1,7 @@
-"""What was computed of each example, within a budget: host memory first, then memory-mapped files, else computed anew."""
+"""What was computed of each example, within a budget.
+
+Host memory first, then memory-mapped files, else computed anew.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +117,8 @@ class PrefixStore:
             if tensor.numel() == 0:
                 mapped[name] = tensor.detach().cpu()
                 continue
-            mapped[name] = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+            flat = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            mapped[name] = flat.view(tensor.shape)
             mapped[name].copy_(tensor.detach())
         return path, mapped
 
