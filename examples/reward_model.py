@@ -76,7 +76,6 @@ def main(arguments: list[str] | None = None) -> float:
             learning_rate=2e-3,
             report_to=[],
             save_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=dataset,
         data_collator=collator,

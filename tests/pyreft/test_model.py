@@ -271,3 +271,24 @@ def test_what_a_configuration_gets_wrong_is_said() -> None:
     peft = get_peft_model(CAUSAL["llama"](), reftune.ReftConfig(layers_to_transform=[1]))
     with pytest.raises(ReftuneError, match="carries a PEFT ReFT adapter"):
         pyreft.get_reft_model(peft, _config())
+
+
+def test_the_hub_takes_and_gives_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    sent: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, name: str, exist_ok: bool = False) -> None:
+            sent.append((name, exist_ok))
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            sent.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_dir: str(tmp_path))
+    model = _model()
+    model.save(tmp_path, save_to_hf_hub=True, hf_repo_name="me/edit")
+    assert sent == [("me/edit", True), ("me/edit", ["adapter_config.json", "adapter_model.safetensors"])]
+    again = pyreft.ReftModel.load("me/edit", CAUSAL["llama"](), from_huggingface_hub=True)
+    assert list(again.interventions) == list(model.interventions)

@@ -31,9 +31,7 @@ def _config(**more: Any) -> pyreft.ReftConfig:
 
 def _arguments(folder: Path, **more: Any) -> TrainingArguments:
     options: dict[str, Any] = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [], "seed": 3}
-    return TrainingArguments(
-        output_dir=str(folder), logging_steps=1, dataloader_pin_memory=False, **{**options, **more}
-    )
+    return TrainingArguments(output_dir=str(folder), logging_steps=1, **{**options, **more})
 
 
 def _data(positions: str = "l1") -> dict[str, Any]:

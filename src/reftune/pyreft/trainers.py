@@ -22,8 +22,9 @@ class ReftTrainer(CoreTrainer):
 
     Args:
         model: what ``get_reft_model`` returned.
-        args: transformers' ``TrainingArguments``; **``remove_unused_columns`` is switched off, and an optimiser of
-            bitsandbytes replaced by plain AdamW where bitsandbytes or a GPU is missing**.
+        args: transformers' ``TrainingArguments``; **changed**: ``remove_unused_columns`` is switched off, pinned memory
+            too without a GPU, and an optimiser of bitsandbytes is replaced by plain AdamW where that or a GPU is
+            missing.
         data_collator: the data module's.
         tokenizer: pyreft's name for ``processing_class``.
         processing_class: the tokenizer.
@@ -48,6 +49,7 @@ class ReftTrainer(CoreTrainer):
             )
         if args is not None:
             args.remove_unused_columns = False
+            args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
             args.optim = _available_optimiser(str(getattr(args.optim, "value", args.optim)))
         positions = getattr(data_collator, "positions", getattr(kwargs.get("train_dataset"), "positions", None))
         if model.reft_config.positions is None:
