@@ -1,6 +1,6 @@
 """Instead of examples in the prompt: an edit learned from a handful of them, then one short prompt a question.
 
-Usage: python examples/few_shot_classification.py [--model smollm2] [--layer 8] [--epochs 20]
+Usage: python examples/few_shot_classification.py [--model smollm2] [--layer 8] [--epochs 30]
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layer", type=int, default=8)
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--epochs", type=float, default=30)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     base, tokenizer = load(options.model)
     encoding = Encoding(tokenizer, template=TEMPLATE)
 
-    config = reftune.ReftConfig(r=4, layers_to_transform=[options.layer], positions="l1", task_type="CAUSAL_LM")
+    config = reftune.ReftConfig(r=4, layers_to_transform=[options.layer], positions="prompt", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     rows = read_examples([{"prompt": text, "completion": label} for text, label in SHOTS.items()])
     reftune.ReftTrainer(
