@@ -46,7 +46,9 @@ def table_of(setting: Any, task: Path, results: dict[str, list[dict[str, Any]]])
         "system", "first epoch s", "later epochs s", "three epochs s", "tokens/s later", "peak GiB", "/ floor",
         "later: theirs / ours", "three: theirs / ours",
     ]  # fmt: skip
-    table = Table(title=f"({setting.name}) {setting.title}: {len(rows)} rows, {tokens} tokens, batch {setting.batch_size}")
+    table = Table(
+        title=f"({setting.name}) {setting.title}: {len(rows)} rows, {tokens} tokens, batch {setting.batch_size}"
+    )
     lines = [
         f"### ({setting.name}) {setting.title}", "", f"{len(rows)} rows, {tokens} tokens, batch {setting.batch_size}.", "",
         "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
@@ -88,7 +90,9 @@ def main() -> None:
         "`benchmarks/gpu.py` is for real sizes and has not been run.", "",
     ]  # fmt: skip
     if not DATA.is_dir():
-        raise SystemExit(f"{DATA} is not there: the speed table needs its data sets (arc_easy, arithmetic, ojousama.csv)")
+        raise SystemExit(
+            f"{DATA} is not there: the speed table needs arc_easy, arithmetic and ojousama.csv"
+        )
     for name in arguments.settings.split(","):
         task = prepare(SETTINGS[name], arguments.rows, work)
         table, more = table_of(SETTINGS[name], task, measure(task, systems, arguments.rounds, console.print))
@@ -100,14 +104,21 @@ def main() -> None:
         line = f"Cached step of (a) against its own floor (same tails and blocks, prefix given, no edit): {ratio:.2f}."
         console.print(line)
         lines += [line, ""]
-    lines += ["## Generation", "", "`python -m benchmarks.generation`: CPU time edited / base, pairs of 64-token runs.", ""]
+    lines += [
+        "## Generation",
+        "",
+        "`python -m benchmarks.generation`: CPU time edited / base, pairs of 64-token runs.",
+        "",
+    ]
     lines += ["| adapter | median | smallest | largest | edits run in a generation |", "|---|---|---|---|---|"]
     for title, ratios, calls in generation.main():
         lines.append(f"| {title} | {median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} | {calls} |")
     if not arguments.without_curves:
         figures = curves.draw(HERE / "pictures")
         lines += ["", "## Curves", ""]
-        lines += [f"![{name}](pictures/{name})" for name in sorted(p.name for p in (HERE / "pictures").glob("step_*.png"))]
+        lines += [
+            f"![{name}](pictures/{name})" for name in sorted(p.name for p in (HERE / "pictures").glob("step_*.png"))
+        ]
         lines += ["", "```json", json.dumps(figures, indent=1), "```"]
     (HERE / "RESULTS.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -33,7 +33,9 @@ def measure(pairs: int, tokens: int, layers: list[int] | str, positions: str) ->
         base, reftune.ReftConfig(r=4, layers_to_transform=layers, positions=positions, task_type="CAUSAL_LM")
     ).eval()
     messages = [{"role": "user", "content": "Why is the sky blue in the daytime and red in the evening?"}]
-    inputs = dict(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+    inputs = dict(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    )
     engine = Engine.of(model.get_base_model())
     assert engine is not None
     calls: list[int] = []

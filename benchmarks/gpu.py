@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import reftune
 from reftune.data.collating import CompletionCollator
 from reftune.training.loss import completion_loss
-from reftune.training.prefix_reuse import PrefixSwitch
+from reftune.training.prefix_switch import PrefixSwitch
 from reftune.training.supervised_logits import supervised_forward
 
 SHAPES = {

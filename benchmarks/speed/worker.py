@@ -23,7 +23,7 @@ from reftune.data.collating import CompletionCollator  # noqa: E402
 from reftune.models import load  # noqa: E402
 from reftune.training import ReftTrainer, ReftTrainingArguments  # noqa: E402
 from reftune.training.loss import completion_loss  # noqa: E402
-from reftune.training.prefix_reuse import PrefixSwitch  # noqa: E402
+from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
 from reftune.training.supervised_logits import supervised_forward  # noqa: E402
 
 

@@ -17,8 +17,9 @@ import reftune
 from reftune.data.collating import CompletionCollator
 from reftune.training import ReftTrainer, ReftTrainingArguments
 from reftune.training.loss import completion_loss
-from reftune.training.prefix_reuse import PrefixReuse, PrefixSwitch, shared_beginning
+from reftune.training.prefix_reuse import PrefixReuse
 from reftune.training.prefix_store import PrefixStore
+from reftune.training.prefix_switch import PrefixSwitch, shared_beginning
 from reftune.training.supervised_logits import supervised_forward
 
 EXACT = [  # a full-attention, a sliding-window, a hybrid, a learned-position, a parallel-block, a norm-after model, ...

@@ -6,7 +6,6 @@ a ``with`` block. The list keeps its length and order, because models choose mas
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -134,46 +133,6 @@ class WholeCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.record_past = True
-
-
-def cache_obstacle(config: Any) -> str | None:
-    """Why a model's cache layers cannot hold a prefix for reuse, or None."""
-    layers = DynamicCache(config=config).layers
-    kinds = {type(layer) for layer in layers}
-    if not layers or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return (
-            f"its cache has layers of other kinds than keys and values ({', '.join(sorted(k.__name__ for k in kinds))})"
-        )
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "num_kv_shared_layers", 0):
-        return "its layers share keys and values"
-    return None
-
-
-def rope_obstacle(config: Any) -> str | None:
-    """Why a model's rotary embedding depends on the length of the row, or None."""
-    found: set[str] = set()
-
-    def collect(value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                if name in ("rope_type", "type"):
-                    found.add(str(inner))
-                collect(inner)
-
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("rope_parameters", "rope_scaling"):
-        collect(getattr(text, name, None))
-    changing = found & {"dynamic", "longrope"}
-    return f"its rotary embedding ({', '.join(changing)}) changes with the length of the row" if changing else None
-
-
-def missing_arguments(module: nn.Module) -> list[str]:
-    """Arguments that a partial forward needs and this module's forward does not take."""
-    names = inspect.signature(module.forward).parameters
-    return [
-        name for name in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values") if name not in names
-    ]
 
 
 def right_padded(rows: list[Tensor], width: int | None = None) -> Tensor:

@@ -17,7 +17,6 @@ Tokens that every example begins with (a system prompt, a template) are computed
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,24 +27,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from reftune.attach import Engine
-from reftune.errors import ReftuneError
-from reftune.forwards import is_causal_lm
 from reftune.positions import Positions
 from reftune.training.partial_forward import (
     WholeCache,
     build_cache,
-    cache_obstacle,
-    missing_arguments,
     only_blocks,
     output_of,
     right_padded,
-    rope_obstacle,
     tail_positions,
 )
-from reftune.training.prefix_store import GIB, PrefixStore
+from reftune.training.prefix_obstacles import obstacle
+from reftune.training.prefix_store import PrefixStore
 from reftune.training.supervised_logits import plain_model, supervised_forward
-
-logger = logging.getLogger(__name__)
 
 WORTH_IT = 0.1
 """Without a constant prefix, the share of constant layers from which on ``auto`` reuses them."""
@@ -392,150 +385,3 @@ class PrefixReuse:
                     f"(allowed: {tolerance:.1e})"
                 )
         self._checked = True
-
-
-def obstacle(model: Any, engine: Engine) -> str | None:
-    """Why prefix reuse would be inexact on a model, or None."""
-    if not is_causal_lm(model):
-        return f"{type(model).__name__} is not a causal language model"
-    stacks = {
-        placement.site.stack
-        for found in engine.interventions.values()
-        for name, placement in found.placements.items()
-        if name in found.active_names()
-    }
-    if len(stacks) != 1 or None in stacks or next(iter(stacks)).name != "":  # type: ignore[union-attr]
-        return "its edits are not in the blocks of one language stack"
-    stack = next(iter(stacks))
-    assert stack is not None
-    for module in (model, model.get_submodule(stack.owner_path)):
-        if missing := missing_arguments(module):
-            return f"the forward of {type(module).__name__} takes no {', '.join(missing)}"
-    outside = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".reft_edits." not in name and ".reft_suffix_edits." not in name
-    ]
-    if outside:
-        return f"{outside[0]} trains too, so what lies above it is not constant"
-    for name, module in model.named_modules():
-        if ".intervention" in f".{name}":
-            continue
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if isinstance(rate, float) and rate > 0:
-            return f"the base model has dropout ({name}: {rate}); set it to 0, or load the base without it"
-    if getattr(model, "is_activation_checkpointing", False):
-        return "gradient checkpointing is on"
-    if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
-        return "the model is spread over several devices"
-    return cache_obstacle(model.config) or rope_obstacle(model.config)
-
-
-def shared_beginning(rows: Any, positions: list[Positions]) -> Tensor:
-    """Token ids that every example begins with and no edit touches.
-
-    Args:
-        rows: examples with ``input_ids`` and ``prompt_length``; others give an empty result.
-        positions: the active positions.
-    """
-    common: list[int] | None = None
-    for row in rows:
-        ids, length = row.get("input_ids"), row.get("prompt_length")
-        if ids is None or length is None:
-            return torch.empty(0, dtype=torch.long)
-        begin = min(min(p.ordinals(int(length)), default=int(length)) for p in positions)
-        own = [int(token) for token in ids[: begin if common is None else min(begin, len(common))]]
-        common = own if common is None else common
-        same = next((i for i, (a, b) in enumerate(zip(common, own, strict=False)) if a != b), len(own))
-        common = common[:same]
-        if not common:
-            break
-    return torch.tensor(common or [], dtype=torch.long)
-
-
-class PrefixSwitch:
-    """Prefix reuse as the trainer asks for it: on where it is exact and useful, else off, with one logged reason.
-
-    Args:
-        mode: ``"auto"``, ``"on"`` (being off is then an error) or ``"off"``.
-        cache_gib: budget of host memory in GiB; None: a quarter of what is free.
-        datasets: the tokenised rows that will come, for what they all begin with.
-        disk: whether memory-mapped files take what memory does not.
-
-    Attributes:
-        status: ``"on"``, or ``"off"`` with the reason.
-    """
-
-    def __init__(self, mode: str, cache_gib: float | None, datasets: list[Any], disk: bool = True) -> None:
-        if mode not in ("auto", "on", "off"):
-            raise ReftuneError(f"prefix_reuse={mode!r}: must be one of auto, on, off.")
-        if cache_gib is not None and cache_gib < 0:
-            raise ReftuneError(f"prefix_cache_gib={cache_gib}: give a size in GiB of at least 0, or leave it out.")
-        self.mode = mode
-        self.status = "off: asked for" if mode == "off" else "on"
-        self._bytes = None if cache_gib is None else int(cache_gib * GIB)
-        self._disk_bytes = None if disk else 0
-        self._datasets = [rows for rows in datasets if rows is not None]
-        self._reuse: PrefixReuse | None = None
-
-    @contextmanager
-    def batch(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """What the forward of this batch is to be given; it must run inside the ``with`` block.
-
-        Raises:
-            ReftuneError: ``mode`` is ``"on"`` and prefix reuse is not possible.
-        """
-        reduced = self._try(model, inputs)
-        if reduced is None:
-            yield inputs
-            return
-        with reduced.running() as arguments:
-            yield arguments
-
-    def _try(self, model: nn.Module, inputs: dict[str, Any]) -> Reduced | None:
-        if self.status != "on":
-            return None
-        try:
-            if self._reuse is None:
-                self._reuse = self._begin(model)
-            return self._reuse.prepare(model, inputs)
-        except OtherBatch:
-            return None
-        except PrefixReuseOff as reason:
-            self.switch_off(str(reason))
-            return None
-
-    def _begin(self, model: nn.Module) -> PrefixReuse:
-        reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes))
-        if reuse.has_prefix:
-            rows = (row for dataset in self._datasets for row in dataset)
-            reuse.share(shared_beginning(rows, reuse.positions))
-        return reuse
-
-    def switch_off(self, reason: str) -> None:
-        """Go on without.
-
-        Raises:
-            ReftuneError: ``mode`` is ``"on"``.
-        """
-        if self.mode == "on":
-            raise ReftuneError(f"prefix_reuse='on' is not possible: {reason}. Use 'auto' to train without it.")
-        if self.status == "on":
-            logger.info("Prefix reuse is off: %s.", reason)
-        self.status = f"off: {reason}"
-        self.close()
-
-    def next_pass(self) -> None:
-        """Begin another epoch."""
-        if self._reuse is not None:
-            self._reuse.store.next_pass()
-
-    def close(self) -> None:
-        """Give memory and files back."""
-        if self._reuse is not None:
-            self._reuse.store.close()
-            self._reuse = None
-
-    def summary(self) -> dict[str, int]:
-        """What the store holds, for a report."""
-        return self._reuse.store.summary() if self._reuse is not None else {}

@@ -30,7 +30,7 @@ from reftune.training.checkpoints import (
 )
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.loss import completion_loss
-from reftune.training.prefix_reuse import PrefixSwitch
+from reftune.training.prefix_switch import PrefixSwitch
 from reftune.training.progress import ProgressBarCallback
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
