@@ -46,13 +46,10 @@ def table_of(setting: Any, task: Path, results: dict[str, list[dict[str, Any]]])
         "system", "first epoch s", "later epochs s", "three epochs s", "tokens/s later", "peak GiB", "/ floor",
         "later: theirs / ours", "three: theirs / ours",
     ]  # fmt: skip
-    table = Table(
-        title=f"({setting.name}) {setting.title}: {len(rows)} rows, {tokens} tokens, batch {setting.batch_size}"
-    )
-    lines = [
-        f"### ({setting.name}) {setting.title}", "", f"{len(rows)} rows, {tokens} tokens, batch {setting.batch_size}.", "",
-        "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
-    ]  # fmt: skip
+    size = f"{len(rows)} rows, {tokens} tokens, batch {setting.batch_size}"
+    table = Table(title=f"({setting.name}) {setting.title}: {size}")
+    lines = [f"### ({setting.name}) {setting.title}", "", f"{size}.", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for head in heads:
         table.add_column(head)
     for system, found in figures.items():
@@ -90,9 +87,7 @@ def main() -> None:
         "`benchmarks/gpu.py` is for real sizes and has not been run.", "",
     ]  # fmt: skip
     if not DATA.is_dir():
-        raise SystemExit(
-            f"{DATA} is not there: the speed table needs arc_easy, arithmetic and ojousama.csv"
-        )
+        raise SystemExit(f"{DATA} is not there: the speed table needs arc_easy, arithmetic and ojousama.csv")
     for name in arguments.settings.split(","):
         task = prepare(SETTINGS[name], arguments.rows, work)
         table, more = table_of(SETTINGS[name], task, measure(task, systems, arguments.rounds, console.print))
