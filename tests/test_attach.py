@@ -12,7 +12,7 @@ from tiny_models import CAUSAL, ENCODER_DECODERS, TINY, VISION, tiny_inputs
 from torch import nn
 
 import reftune
-from reftune.attach import Engine
+from reftune.engine import Engine
 from reftune.sites import find_sites
 
 COMPONENTS = ["block_output", "block_input", "mlp_output", "attention_output", "attention_input", "value_output"]

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import reftune
-from reftune.attach import Engine
+from reftune.engine import Engine
 
 INPUTS = tiny_inputs("llama")
 

@@ -11,10 +11,10 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from torch import nn
 
-from reftune.attach import EditSpec
 from reftune.edits import Edit, edit_class, make_edit, method_name
 from reftune.edits.base import Init
 from reftune.edits.rotated import Parametrization
+from reftune.engine import EditSpec
 from reftune.errors import ReftuneError
 from reftune.positions import parse_positions
 

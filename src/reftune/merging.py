@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reftune.attach import Engine
 from reftune.edits import LobireftEdit
+from reftune.engine import Engine
 from reftune.errors import ReftuneError
 
 

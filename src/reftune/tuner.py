@@ -19,9 +19,9 @@ from peft.utils import PeftType, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
-from reftune.attach import Engine
 from reftune.checkpoint import check_tensors
 from reftune.config import REFT, ReftConfig
+from reftune.engine import Engine
 from reftune.errors import ReftuneError
 from reftune.intervention import Intervention
 from reftune.merging import merge_constant

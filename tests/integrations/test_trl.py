@@ -13,7 +13,7 @@ from tiny_models import TINY
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import reftune
-from reftune.attach import Engine
+from reftune.engine import Engine
 
 ROWS = [
     {"prompt": f"one two w{i} w{i + 3}", "completion": " " + " ".join(f"w{(i * 7 + k) % 60}" for k in range(2 + i % 4))}

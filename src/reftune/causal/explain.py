@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reftune.attach import Attachment, Engine
+from reftune.attach import Attachment
 from reftune.edits import Edit
+from reftune.engine import Engine
 from reftune.errors import ReftuneError
 from reftune.intervention import Intervention
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reftune.attach import edit_passing
 from reftune.causal.actions import Action, keep
 from reftune.causal.locations import Location, Units, units
+from reftune.engine import edit_passing
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
 from reftune.intervention import edit_rows

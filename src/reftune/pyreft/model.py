@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reftune.attach import Engine
+from reftune.engine import Engine
 from reftune.errors import ReftuneError
 from reftune.intervention import Intervention, Placement
 from reftune.positions import Positions, parse_positions

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from reftune.attach import Engine
+from reftune.engine import Engine
 from reftune.forwards import is_causal_lm
 
 

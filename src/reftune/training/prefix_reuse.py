@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from reftune.attach import Engine
+from reftune.engine import Engine
 from reftune.positions import Positions
 from reftune.training.partial_forward import (
     WholeCache,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reftune.attach import ENGINE
+from reftune.engine import ENGINE
 from reftune.forwards import is_causal_lm, token_arguments
 from reftune.positions import read_layout
 from reftune.training.supervised_logits import plain_model
