@@ -1,4 +1,4 @@
-"""Run by test_compile.py in a process of its own, without the runtime type checks, which are not made for tracing."""
+"""Run by test_torch_compile.py in a process of its own, without the runtime type checks, which are not made for tracing."""
 
 import sys
 from pathlib import Path

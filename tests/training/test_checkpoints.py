@@ -13,7 +13,7 @@ import torch
 
 from reftune.errors import ReftuneError
 from reftune.training.checkpoints import incomplete_reason, last_complete_checkpoint, publish
-from tests.training.examples import trainer
+from tests.training.toy_rows import trainer
 
 
 @pytest.fixture(scope="module")

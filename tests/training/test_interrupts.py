@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from reftune.training.checkpoints import incomplete_reason, last_complete_checkpoint
 from reftune.training.interrupts import InterruptCallback
-from tests.training.examples import history, reft_model, trainer, weights
+from tests.training.toy_rows import history, reft_model, trainer, weights
 
 
 class Stop(TrainerCallback):
@@ -126,7 +126,7 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path) -> No
     script = textwrap.dedent(
         f"""
         import os, signal, torch
-        from tests.training.examples import trainer
+        from tests.training.toy_rows import trainer
 
         save, seen = torch.save, []
 

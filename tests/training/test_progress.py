@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from reftune.training.progress import ProgressBarCallback
 from reftune.training.throughput import ThroughputCallback
-from tests.training.examples import trainer
+from tests.training.toy_rows import trainer
 
 ARGUMENTS = TrainingArguments(use_cpu=True)
 

@@ -9,7 +9,7 @@ from reftune.data.collating import CompletionCollator
 from reftune.training.prompt_ends import takes_prompt_lengths, with_prompt_ends
 from reftune.training.supervised_logits import supervised_forward
 from tests.tiny_models import TINY
-from tests.training.examples import batch, reft_model, rows, trainer
+from tests.training.toy_rows import batch, reft_model, rows, trainer
 
 
 def test_only_a_model_with_edits_takes_them() -> None:

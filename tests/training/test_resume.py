@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.examples import history, lora_model, reft_model, trainer, weights
+from tests.training.toy_rows import history, lora_model, reft_model, trainer, weights
 
 KINDS = {"lora": lora_model, "reft": reft_model}
 

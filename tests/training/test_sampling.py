@@ -4,7 +4,7 @@ import datasets
 import torch
 
 from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
-from tests.training.examples import rows
+from tests.training.toy_rows import rows
 
 
 def test_every_row_comes_once_in_an_order_of_its_epoch() -> None:

@@ -19,7 +19,7 @@ from reftune.training.supervised_logits import (
     unsupported_reason,
 )
 from tests.tiny_models import TINY
-from tests.training.examples import batch
+from tests.training.toy_rows import batch
 
 FAMILIES = ["llama", "gemma2", "gpt2", "cohere"]
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from reftune.training.prompt_ends import with_prompt_ends
 from tests.tiny_models import TINY
-from tests.training.examples import batch, history, lora_model, reft_model, rows, trainer, weights
+from tests.training.toy_rows import batch, history, lora_model, reft_model, rows, trainer, weights
 
 
 class KeepGradients(TrainerCallback):
@@ -175,10 +175,10 @@ def test_the_report_says_what_training_came_to(tmp_path: Path) -> None:
     assert report["tokens_per_second"] == pytest.approx(report["tokens"] / sum(report["epoch_seconds"]))
     assert report["trainable_parameters"] == sum(w.numel() for w in weights(run.model).values())
     assert report["peak_memory_bytes"] > 1 << 20
-    assert report["prefix_reuse"] == "off"
+    assert report["prefix_reuse"] == "on" and report["prefix_store"]["entries"] > 0
 
 
-def test_the_default_collator_pads_with_the_tokenizer_s_token_on_its_side(tmp_path: Path) -> None:
+def test_the_default_collator_pads_with_the_tokenizer_s_token_on_the_right(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
     from reftune.training.arguments import ReftTrainingArguments
@@ -191,7 +191,7 @@ def test_the_default_collator_pads_with_the_tokenizer_s_token_on_its_side(tmp_pa
         processing_class=tokenizer,
     )
     padded = run.data_collator([{"input_ids": [8], "labels": [8]}, {"input_ids": [8, 9], "labels": [-100, 9]}])
-    assert padded["input_ids"][0].tolist() == [5, 8]
+    assert padded["input_ids"][0].tolist() == [8, 5]
 
 
 def test_rows_without_tokens_cannot_be_grouped_by_length(tmp_path: Path) -> None:

@@ -226,93 +226,61 @@ class PrefixReuse:
 
     def _stored_or_computed(self, rows: list[_Row], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Each row's prefix, (layers, 2, heads, tokens after the shared ones, dim), and tail, (tokens, hidden)."""
-        prefixes: dict[bytes, Tensor] = {}
-        tails: dict[bytes, Tensor] = {}
-        missing: dict[bytes, _Row] = {}
+        prefixes, tails = [], []
         for row in rows:
             prefix, tail = self.store.get(b"p" + row.key(row.begin)), self.store.get(b"t" + row.key())
-            if prefix is not None:
-                prefixes[row.key(row.begin)] = prefix["kv"]
-            if tail is not None:
-                tails[row.key()] = tail["hidden"]
-            if prefix is None or tail is None:
-                missing[row.key()] = row
-        if missing:
-            found = list(missing.values())
-            for row, (kv, hidden) in zip(found, self._compute(found, device), strict=True):
-                self.store.put(b"p" + row.key(row.begin), {"kv": kv})
-                self.store.put(b"t" + row.key(), {"hidden": hidden})
-                prefixes[row.key(row.begin)], tails[row.key()] = kv, hidden
-        return [prefixes[row.key(row.begin)] for row in rows], [tails[row.key()] for row in rows]
+            if prefix is None or (tail is None and self.first > 0):
+                kv, hidden = self._compute(row, device, prefix)
+                prefix, tail = {"kv": kv}, {"hidden": hidden}
+                self.store.put(b"p" + row.key(row.begin), prefix)
+                self.store.put(b"t" + row.key(), tail)
+            prefixes.append(prefix["kv"])
+            tails.append(tail["hidden"] if tail is not None else torch.empty(0))
+        return prefixes, tails
 
     @torch.no_grad()
-    def _compute(self, rows: list[_Row], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Run the base model on rows: all tokens up to the first edited layer, then the prefixes on to the last one."""
+    def _compute(self, row: _Row, device: torch.device, known: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Run the base model on one row: the prefix through every block, the tail up to the first edited layer.
+
+        A row is computed by itself, so that its bits do not depend on the rows beside it: a resumed run, which meets
+        them in other company, goes on exactly.
+        """
         shared = self._shared_root(device)
-        ids = right_padded([row.ids[shared:] for row in rows]).to(device)
-        lengths = torch.tensor([len(row.ids) - shared for row in rows])
-        with self._base_alone():
-            entering: Tensor | None = None
-            if self.first > 0:
-                with output_of(self.blocks[self.first - 1]) as outputs:
-                    self._run(ids, None, lengths, 0, self.first, WholeCache(self.model.config), device)
-                entering = outputs[0]
-            lengths = torch.tensor([row.begin - shared for row in rows])
-            kept = self.first < len(self.blocks) and self.has_prefix and int(lengths.max()) > 0
-            cache = WholeCache(self.model.config)
-            if kept:
-                width = int(lengths.max())
-                part = None if entering is None else entering[:, :width]
-                self._run(ids[:, :width], part, lengths, self.first, len(self.blocks), cache, device)
-        results = []
-        for index, row in enumerate(rows):
-            own = row.begin - shared
-            if kept:
-                kv = self._stacked(cache, self.first, slice(shared, shared + own), index)
-            else:
-                kv = self._no_layers(own, device)
-            hidden = torch.empty(0) if entering is None else entering[index, own : len(row.ids) - shared]
-            results.append((kv, hidden))
-        return results
-
-    @staticmethod
-    def _stacked(cache: Any, first: int, tokens: slice, row: int) -> Tensor:
-        layers = [(layer.keys[row, :, tokens], layer.values[row, :, tokens]) for layer in cache.layers[first:]]
-        if len({x.shape for pair in layers for x in pair}) != 1:
-            raise PrefixReuseOff("its layers have keys and values of different shapes")
-        return torch.stack([torch.stack(pair) for pair in layers])
-
-    def _run(
-        self,
-        ids: Tensor,
-        entering: Tensor | None,
-        lengths: Tensor,
-        first: int,
-        stop: int,
-        cache: WholeCache,
-        device: torch.device,
-    ) -> None:
-        """Run blocks on rows that follow the shared tokens; the cache takes their keys and values."""
-        shared, (batch, width) = len(self._shared), ids.shape
+        cache = WholeCache(self.model.config)
         if self._root is not None:
             for layer, (keys, values) in zip(cache.layers, self._root, strict=True):
                 assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
-                layer.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1))
-        attended = torch.arange(width) < lengths.unsqueeze(1)
-        attended = torch.cat([torch.ones(batch, shared, dtype=torch.bool), attended], dim=1)
-        inputs = {
-            "attention_mask": attended.long().to(device),
-            "position_ids": tail_positions(torch.full((batch,), shared, device=device), width),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if first == 0:
-            inputs["input_ids"] = ids
-        else:
-            assert entering is not None
-            inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
-        with only_blocks(self.blocks, first, stop, entering, False, self._as_tuple):
-            self.owner(**inputs)
+                layer.update(keys, values)
+        count, hidden = len(self.blocks), torch.empty(0)
+        with self._base_alone():
+            if row.begin > shared:
+                self._run(row.ids[shared : row.begin], shared, count if known is None else self.first, cache, device)
+            if known is not None:
+                kv = known["kv"]
+            elif row.begin > shared and self.first < count:
+                kv = self._stacked(cache, self.first, slice(shared, row.begin))
+            else:
+                kv = self._no_layers(row.begin - shared, device)
+            if self.first > 0:
+                with output_of(self.blocks[self.first - 1]) as outputs:
+                    self._run(row.ids[row.begin :], row.begin, self.first, cache, device)
+                hidden = outputs[0][0]
+        return kv, hidden
+
+    def _run(self, ids: Tensor, start: int, stop: int, cache: WholeCache, device: torch.device) -> None:
+        """Run the blocks before ``stop`` on tokens that follow those in the cache, which takes their keys and values."""
+        tokens = ids.unsqueeze(0).to(device)
+        positions = torch.arange(start, start + len(ids), device=device).unsqueeze(0)
+        with only_blocks(self.blocks, 0, stop, None, False, self._as_tuple):
+            self.owner(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+
+    @staticmethod
+    def _stacked(cache: Any, first: int, tokens: slice) -> Tensor:
+        """Keys and values of one row's tokens in the layers from ``first`` on, (layers, 2, heads, tokens, dim)."""
+        layers = [(layer.keys[0, :, tokens], layer.values[0, :, tokens]) for layer in cache.layers[first:]]
+        if len({x.shape for pair in layers for x in pair}) != 1:
+            raise PrefixReuseOff("its layers have keys and values of different shapes")
+        return torch.stack([torch.stack(pair) for pair in layers])
 
     def _shared_root(self, device: torch.device) -> int:
         """Compute the tokens that every example begins with, once; their number."""
@@ -320,7 +288,7 @@ class PrefixReuse:
             cache = WholeCache(self.model.config)
             with torch.no_grad(), self._base_alone():
                 self.owner(input_ids=self._shared.unsqueeze(0).to(device), past_key_values=cache, use_cache=True)
-            self._root = self._stacked(cache, 0, slice(0, None), 0).unsqueeze(2)
+            self._root = self._stacked(cache, 0, slice(0, None)).unsqueeze(2)
         return len(self._shared)
 
     def _no_layers(self, tokens: int, device: torch.device) -> Tensor:
