@@ -268,7 +268,7 @@ class PrefixReuse:
         return kv, hidden
 
     def _run(self, ids: Tensor, start: int, stop: int, cache: WholeCache, device: torch.device) -> None:
-        """Run the blocks before ``stop`` on tokens that follow those in the cache, which takes their keys and values."""
+        """Run the blocks before ``stop`` on tokens that follow those in the cache, which takes what they add."""
         tokens = ids.unsqueeze(0).to(device)
         positions = torch.arange(start, start + len(ids), device=device).unsqueeze(0)
         with only_blocks(self.blocks, 0, stop, None, False, self._as_tuple):
