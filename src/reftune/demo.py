@@ -15,8 +15,8 @@ from reftune.runs import TrainedRun, run_training
 
 DEMO = TrainRecipe(
     train_file="demo",
-    layers=[8, 12, 16, 20, 24],
-    positions="l1",
+    layers=[10, 14, 18, 22],
+    positions="all",
     rank=4,
     epochs=3,
     batch_size=4,
@@ -27,7 +27,7 @@ DEMO = TrainRecipe(
 )
 """Also in recipes/demo.yaml."""
 
-WRITING = GenerationSettings(max_new_tokens=64, repetition_penalty=1.15, batch_size=12)
+WRITING = GenerationSettings(max_new_tokens=64, repetition_penalty=1.1, batch_size=12)
 """How both models write: greedy, with a light penalty on repetition, which small models need."""
 
 MEASURE = (

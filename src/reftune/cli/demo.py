@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from reftune.cli.app import app
+
+if TYPE_CHECKING:
+    from reftune.inference.generation import Answer
 
 
 @app.command()
@@ -34,8 +37,8 @@ def demo(
     console.print(
         side_by_side(
             result.prompts,
-            [answer.text for answer in result.base],
-            [answer.text for answer in result.edited],
+            [_shown(answer) for answer in result.base],
+            [_shown(answer) for answer in result.edited],
             title="Prompts that training did not see",
             marks=(result.base_in_style, result.edited_in_style),
         )
@@ -54,3 +57,8 @@ def demo(
     console.print(
         f"Saved in {output}. Talk with it: reftune chat {output}", markup=False, highlight=False, soft_wrap=True
     )
+
+
+def _shown(answer: Answer) -> str:
+    """The answer, with an ellipsis where it was cut off at the token limit."""
+    return answer.text + (" \N{HORIZONTAL ELLIPSIS}" if answer.hit_limit else "")
