@@ -114,7 +114,9 @@ def parity(python: str, folder: Path) -> None:
         width = 32 if kind in TRANSFORMERS else SMALL["width"]
         for name in ("base", "source0", "source1"):
             shape = (3, 1 if kind == "mlp" else 7)
-            tensors[f"{kind}.{name}"] = torch.randint(3, 99, shape) if kind in TRANSFORMERS else torch.randn(*shape, width)
+            tensors[f"{kind}.{name}"] = (
+                torch.randint(3, 99, shape) if kind in TRANSFORMERS else torch.randn(*shape, width)
+            )
         tensors[f"{kind}.rotation"] = torch.linalg.qr(torch.randn(width, width)).Q[:5].contiguous()
     (folder / "spec.json").write_text(json.dumps(spec))
     save_file(tensors, folder / "inputs.safetensors")

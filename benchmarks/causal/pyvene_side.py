@@ -45,7 +45,7 @@ def arguments(tensors: dict, kind: str, name: str) -> dict:
 def places(case: dict, key: str, unit: str):
     rows = [[p if isinstance(p, list) else [p] for p in place[key]] for place in case["places"]]
     if unit == "h.pos":
-        return [[[[place["head"]]] * len(place[key]), row] for place, row in zip(case["places"], rows)]
+        return [[[[place["head"]]] * len(place[key]), row] for place, row in zip(case["places"], rows, strict=True)]
     return rows
 
 
@@ -77,8 +77,10 @@ def parity(folder: Path, spec: dict) -> None:
                     intervention.rotate_layer.weight = tensors[f"{kind}.rotation"].mT.contiguous()
             sources = [arguments(tensors, kind, f"source{i}") for i in range(len(case["places"]))]
             if case.get("mode") == "serial":
-                where = {"source_0->source_1": (spec_rows(case, 0, "source"), spec_rows(case, 0, "base")),
-                         "source_1->base": (spec_rows(case, 1, "source"), spec_rows(case, 1, "base"))}
+                where = {
+                    "source_0->source_1": (spec_rows(case, 0, "source"), spec_rows(case, 0, "base")),
+                    "source_1->base": (spec_rows(case, 1, "source"), spec_rows(case, 1, "base")),
+                }
             else:
                 where = {"sources->base": (places(case, "source", unit), places(case, "base", unit))}
             base = arguments(tensors, kind, "base")
@@ -161,11 +163,15 @@ def das(folder: Path, spec: dict) -> None:
                     parameters.append(parameter)
         optimizer = torch.optim.Adam(parameters, lr=s["lr"])
         steps = s["epochs"] * -(-len(data["train.labels"]) // s["batch"])
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done, steps=steps: 1 - done / steps)
 
-        def answer(part: str, index: torch.Tensor, active: tuple[bool, bool]) -> torch.Tensor:
+        def answer(
+            part: str, index: torch.Tensor, active: tuple[bool, bool], intervenable=intervenable
+        ) -> torch.Tensor:
             zero = [[0]] * len(index)
-            sources = [{"inputs_embeds": data[f"{part}.source{v}"][index]} if on else None for v, on in enumerate(active)]
+            sources = [
+                {"inputs_embeds": data[f"{part}.source{v}"][index]} if on else None for v, on in enumerate(active)
+            ]
             where = [zero if on else None for on in active]
             subspaces = [[[v]] * len(index) if on else None for v, on in enumerate(active)]
             base = {"inputs_embeds": data[f"{part}.base"][index]}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
 from reftune.positions import EVERY_ROW, Rows, TokenLayout, parse_positions
-from reftune.sites import Site, find_sites, find_stacks
+from reftune.sites import Site, find_sites, find_stacks, resolve_layers
 
 Indices = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | str | None
 
@@ -86,6 +86,22 @@ class Location:
         if check and batch % found.shape[0]:
             raise ReftuneError(f"positions are given for {found.shape[0]} rows, and the batch has {batch}")
         return found.repeat_interleave(max(1, batch // found.shape[0]), 0).long()
+
+
+def layers_of(model: nn.Module, component: str, layers: object = "all") -> list[int | None]:
+    """The numbers of the layers that have a component (None where it names one module and no layer).
+
+    Raises:
+        ReftuneError: there is none.
+    """
+    try:
+        return [site.layer for site in find_sites(model, component, layers)]  # type: ignore[arg-type]
+    except ReftuneError:
+        head, found, _ = component.partition(".{layer}")
+        blocks = dict(model.named_modules()).get(head)
+        if not found or not isinstance(blocks, nn.ModuleList | nn.Sequential) or find_stacks(model):
+            raise
+        return list(resolve_layers(layers, len(blocks)))
 
 
 class Sites:

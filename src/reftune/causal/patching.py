@@ -29,6 +29,7 @@ class HeatMap:
         columns: names of the positions or heads.
         per_row: the values of each row of the batch.
         title: what is shown.
+        across: what the columns are.
     """
 
     values: Float[Tensor, "layers columns"]
@@ -36,6 +37,7 @@ class HeatMap:
     columns: list[str]
     per_row: Float[Tensor, "layers columns batch"]
     title: str = ""
+    across: str = "position"
 
     def best(self) -> tuple[str, str, float]:
         """The layer and column with the greatest value, and that value."""
@@ -133,7 +135,9 @@ def patch_heads(
         found = (found - low) / (high - low)
     per_row = found.view(len(numbers), heads, -1)
     names = [str(head) for head in range(heads)]
-    return HeatMap(per_row.mean(-1), [str(n) for n in numbers], names, per_row, "attention heads put in, one at a time")
+    return HeatMap(
+        per_row.mean(-1), [str(n) for n in numbers], names, per_row, "attention heads put in, one at a time", "head"
+    )
 
 
 def logit_difference(answer: Tensor | Sequence[int], other: Tensor | Sequence[int], position: int = -1) -> Metric:

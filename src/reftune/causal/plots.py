@@ -30,7 +30,7 @@ def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None,
     """
     values = heat_map.values.float().numpy()
     height, width = values.shape
-    size = min(14.0, max(4.2, 2.6 + 0.62 * width)), min(10.0, max(2.4, 1.4 + 0.3 * height))
+    size = min(14.0, max(4.2, 2.6 + 0.62 * width)), min(7.5, max(2.4, 1.4 + 0.3 * height))
     figure, axes = _figure(size)
     greatest, least = float(values.max()), float(values.min())
     both = lowest is None and least < -0.05 * max(greatest, 1e-9)
@@ -39,11 +39,12 @@ def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None,
     image = axes.imshow(
         values, aspect="auto", origin="lower", cmap="RdBu_r" if both else "viridis", vmin=limits[0], vmax=limits[1]
     )
-    axes.set_xticks(range(width), heat_map.columns, rotation=0 if max(map(len, heat_map.columns)) <= 4 else 40)
-    for label in axes.get_xticklabels():
-        if max(map(len, heat_map.columns)) > 4:
-            label.set_ha("right")
-            label.set_rotation_mode("anchor")
+    fits = max(map(len, heat_map.columns)) * 0.085 < (size[0] - 1.8) / width
+    axes.set_xticks(range(width), heat_map.columns, rotation=0 if fits else 40)
+    for label in axes.get_xticklabels() if not fits else []:
+        label.set_ha("right")
+        label.set_rotation_mode("anchor")
+    axes.set_xlabel(heat_map.across)
     step = max(1, height // 12)
     axes.set_yticks(range(0, height, step), heat_map.rows[::step])
     axes.set_ylabel("layer")
@@ -100,7 +101,7 @@ def plot_graph(
             "color": colour,
             "lw": 1.6 if colour == _LIVE else 1.0,
             "shrinkA": 16,
-            "shrinkB": 16,
+            "shrinkB": 19,
         }
         axes.annotate("", xy=place[child], xytext=place[parent], arrowprops=arrow)
     for name, (x, y) in place.items():

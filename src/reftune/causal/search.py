@@ -12,12 +12,12 @@ from torch import nn
 from reftune.causal.accuracy import InterchangeAccuracy, interchange_accuracies
 from reftune.causal.aligned import Aligned
 from reftune.causal.alignment import Alignment
+from reftune.causal.interchange import Run, read
 from reftune.causal.interchange_data import InterchangeData
-from reftune.causal.locations import Indices, Location
+from reftune.causal.locations import Indices, Location, layers_of
 from reftune.causal.patching import HeatMap
 from reftune.causal.training import DEFAULT, AlignOptions, align_cells
 from reftune.errors import ReftuneError
-from reftune.sites import find_sites
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ def search(
     accuracies: dict[tuple[int, str], InterchangeAccuracy] = {}
     found: dict[tuple[int, str], Aligned] = {}
     numbers: list[int] = []
-    for site in find_sites(model, component, layers):  # type: ignore[arg-type]
-        layer = 0 if site.layer is None else site.layer
+    one_row = Run(train.select(torch.tensor([0])).base)
+    for number in layers_of(model, component, layers):
+        layer = 0 if number is None else number
         numbers.append(layer)
-        cells = [[Aligned(Location(component, site.layer, p), make(site.width))] for p in positions]
+        with torch.no_grad():
+            width = read(model, one_row, Location(component, number))[0].shape[-1]
+        cells = [[Aligned(Location(component, number, p), make(width))] for p in positions]
         for start in range(0, len(cells), at_once):
             part = cells[start : start + at_once]
             align_cells(model, part, train, options, choices)

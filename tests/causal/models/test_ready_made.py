@@ -30,6 +30,10 @@ def test_a_price_is_inside_when_both_bounds_allow_it():
     settings = factual(model, 300)
     assert all(s["inside"] == (s["low"] <= s["amount"] <= s["high"]) for s in settings)
     assert 70 < sum(s["inside"] for s in settings) < 130
+    told = price_tagging(verdict=True)
+    assert [told.run({"low": 5, "high": 8, "amount": a})["verdict"] for a in (4, 5, 8, 9)] == [
+        "below", "inside", "inside", "above",
+    ]  # fmt: skip
     assert "between 1.20 and 5.00 dollars" in price_question({"low": 120, "high": 500, "amount": 99})
 
 
