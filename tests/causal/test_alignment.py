@@ -71,7 +71,9 @@ def test_das_finds_the_directions_that_carry_the_variables():
     assert before < 0.8 and after.overall == 1 and set(after.by_variables) == {"p", "q", "p+q"}
     found = aligned.alignment.subspace("p").rotation @ model.directions[0]
     assert abs(float(found)) > 0.9 and abs(float(aligned.alignment.subspace("q").rotation @ model.directions[0])) < 0.3
-    product = aligned.alignment.rotation @ aligned.alignment.rotation.T
+    rotation = aligned.alignment.rotation
+    assert rotation is not None
+    product = rotation @ rotation.T
     torch.testing.assert_close(product, torch.eye(2), atol=1e-6, rtol=0)
 
 

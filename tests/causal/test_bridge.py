@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel
@@ -83,33 +85,34 @@ PROMPTS = ["w5 w9 w12 w40", "w7 w8 w31 w2 w77"]
 
 
 def test_an_explanation_names_tokens_places_and_the_worth_of_each_site():
-    model = TINY["llama"]().eval()
+    model: Any = TINY["llama"]().eval()
     with torch.no_grad():
         unembedding = model.get_output_embeddings().weight
         attached = reftune.attach(model, method="lobireft", r=1, layers_to_transform=[0, 2], positions="f1+l1")
-        strong = attached.edits["model.layers.2"]
+        strong: Any = attached.edits["model.layers.2"]
         direction = unembedding[42] - unembedding.mean(0)
         strong.rotation.copy_(direction[None] / direction.norm())
         strong.bias.fill_(8.0)
-        attached.edits["model.layers.0"].bias.zero_()
+        weak: Any = attached.edits["model.layers.0"]
+        weak.bias.zero_()
         found = explain(attached, tokenizer(), PROMPTS)
-    weak, strong = found.sites
-    assert strong.constant is not None and strong.constant.writes[0][0] == "w42"
-    assert strong.constant.strength == pytest.approx(8.0, rel=1e-4)
-    assert weak.removal == pytest.approx(0, abs=1e-6) and strong.removal == pytest.approx(found.effect, rel=1e-4)
+    faint, loud = found.sites
+    assert loud.constant is not None and loud.constant.writes[0][0] == "w42"
+    assert loud.constant.strength == pytest.approx(8.0, rel=1e-4)
+    assert faint.removal == pytest.approx(0, abs=1e-6) and loud.removal == pytest.approx(found.effect, rel=1e-4)
     assert found.effect > 0.01
-    assert set(weak.change.values()) == {0.0} and set(strong.change) == {-1, -4, -5}
-    assert strong.change[-1] > 0.1
+    assert set(faint.change.values()) == {0.0} and set(loud.change) == {-1, -4, -5}
+    assert loud.change[-1] > 0.1
     assert "model.layers.2 (block_output): without it" in found.text() and "'w42'" in found.text()
     assert [i.placements["default"].scale for i in attached.engine.interventions.values()] == [1.0, 1.0]
 
 
 def test_an_explanation_tells_reading_from_writing():
-    model = TINY["llama"]().eval()
+    model: Any = TINY["llama"]().eval()
     attached = reftune.attach(model, method="direft", r=1, layers_to_transform=[1], positions="l1")
     unembedding = model.get_output_embeddings().weight.detach()
     centred = unembedding - unembedding.mean(0)
-    (edit,) = attached.edits.values()
+    edit: Any = next(iter(attached.edits.values()))
     with torch.no_grad():
         edit.weight.copy_(centred[[10]])
         edit.projection.copy_(centred[[20]])

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from networks import Gru, Mlp
@@ -216,7 +218,8 @@ def test_a_head_is_changed_alone():
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_edited_at_the_prompt_alone(cache, beams):
-    model, base, source = TINY["llama"]().eval(), rows("llama"), rows("llama", seed=2)
+    model: Any = TINY["llama"]().eval()
+    base, source = rows("llama"), rows("llama", seed=2)
     options = {"max_new_tokens": 4, "do_sample": False, "use_cache": cache, "num_beams": beams, "pad_token_id": 0}
     plain = model.generate(**base, **options)
     at = Location("block_output", 1, -1)
@@ -234,7 +237,8 @@ def test_generation_is_edited_at_the_prompt_alone(cache, beams):
 
 
 def test_addition_at_all_positions_reaches_generated_tokens_too():
-    model, base = TINY["llama"]().eval(), rows("llama")
+    model: Any = TINY["llama"]().eval()
+    base = rows("llama")
     vector = 5 * torch.randn(32)
     ids = base["input_ids"]
     with intervene(model, add(Location("block_output", 1, "all"), vector)):
