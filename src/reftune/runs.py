@@ -153,6 +153,7 @@ def _arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: bool) ->
         eval_strategy="epoch" if evaluates else "no",
         report_to=_report_to(report_to),
         use_cpu=recipe.device == "cpu",
+        disable_tqdm=False,  # by default it follows the libraries' verbosity, and the progress would go with it
         **best,
     )
 

@@ -80,3 +80,13 @@ def test_show_prints_the_first_rows_with_their_edited_tokens(tiny: Path, rows: P
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "example 1" in result.stderr and "example 2" in result.stderr
+
+
+def test_progress_is_told_on_standard_error(tiny: Path, rows: Path, cli, tmp_path: Path) -> None:
+    result = cli(
+        "train", "--train-file", rows, "--model", tiny, "--layers", 0, "--epochs", 2, "--log-every", 1, "--batch-size", 4,
+        "--eval-fraction", 0.25, "--no-tensorboard", "--device", "cpu", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "step 6/6" in result.stderr and "tokens/s" in result.stderr and "eval loss" in result.stderr
+    assert "tokens/s" not in result.stdout
