@@ -72,9 +72,7 @@ class Edit(nn.Module):
         """**Overwrites every parameter** with its initial value."""
         raise NotImplementedError
 
-    def coordinates(
-        self, h: Float[Tensor, "*rows width"]
-    ) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
+    def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """The two factors of the formula without `h +`, written by a subclass: r numbers, and the r directions of them.
 
         `h` and both results are float32, or all are float64.
