@@ -20,7 +20,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes written tokens less likely.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes written tokens less likely.")] = 1.1,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     system_prompt: Annotated[str | None, typer.Option(help="System message; default: that of training.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model; default: the one it was trained on.")] = None,
