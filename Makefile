@@ -6,6 +6,8 @@ PYTHON ?= python3
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that wait asleep: on a busy machine spinning ones take the time of those that work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check format bench
 

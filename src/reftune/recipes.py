@@ -339,7 +339,7 @@ def _coerce(item: Field[Any], value: Any) -> Any:
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
-        words = {True: "on", False: "off"} if isinstance(value, bool) else {4: "4bit", 8: "8bit"}  # as YAML reads them
+        words: dict[int, str] = {True: "on", False: "off"} if isinstance(value, bool) else {4: "4bit", 8: "8bit"}  # as YAML reads them
         text = words.get(value, value) if isinstance(value, int) else value
         if text not in choices:
             raise ReftuneError(f"{item.name}={value!r}: choose {' or '.join(choices)}.")
