@@ -339,7 +339,8 @@ def _coerce(item: Field[Any], value: Any) -> Any:
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
-        words: dict[int, str] = {True: "on", False: "off"} if isinstance(value, bool) else {4: "4bit", 8: "8bit"}  # as YAML reads them
+        # What YAML makes of the words on and off, and of 4bit without its letters.
+        words: dict[int, str] = {True: "on", False: "off"} if isinstance(value, bool) else {4: "4bit", 8: "8bit"}
         text = words.get(value, value) if isinstance(value, int) else value
         if text not in choices:
             raise ReftuneError(f"{item.name}={value!r}: choose {' or '.join(choices)}.")

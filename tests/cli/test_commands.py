@@ -107,7 +107,7 @@ def test_eval_scores_base_and_edited(cli, trained: Path, rows: Path, tmp_path: P
 def test_info_says_where_and_how_much_is_edited(cli, trained: Path) -> None:
     result = cli("info", trained)
     assert result.exit_code == 0, result.output
-    for word in ("loreft, rank 2", "66 in 1 edits", "last 1", "answer"):
+    for word in ("loreft, rank 2", "66 in 1 edit", "last 1", "answer"):
         assert word in result.stdout
 
 

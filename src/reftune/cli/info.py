@@ -33,7 +33,7 @@ def info(
     )
     facts.add_row("component", config.component)
     facts.add_row("positions", config.positions)
-    facts.add_row("parameters", f"{found.parameters:,} in {len(found.edits)} edits")
+    facts.add_row("parameters", f"{found.parameters:,} in {len(found.edits)} edit{'s' if len(found.edits) > 1 else ''}")
     facts.add_row("file", f"{found.file_bytes:,} bytes")
     console.print(facts, highlight=False)
     console.print(_map(found))
