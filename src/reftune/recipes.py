@@ -9,7 +9,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -264,7 +264,15 @@ def check_keys(values: Mapping[str, Any], path: Path) -> None:
     Raises:
         ReftuneError: naming the file, the key and the fields near it.
     """
-    names = {item.name: item.metadata["aka"] for item in recipe_fields()}
+    check_names(values, {item.name: item.metadata["aka"] for item in recipe_fields()}, f"recipe {path}")
+
+
+def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str) -> None:
+    """Refuse keys that are not among `names`; other libraries' words for them, their values, are told as near.
+
+    Raises:
+        ReftuneError: naming the place, the key and the names near it.
+    """
     for key in values:
         if key in names:
             continue
@@ -272,7 +280,7 @@ def check_keys(values: Mapping[str, Any], path: Path) -> None:
         dashed = key.replace("-", "_")
         close = known_as or ([dashed] if dashed in names else difflib.get_close_matches(dashed, names, n=3, cutoff=0.5))
         way_out = f"did you mean {' or '.join(close)}?" if close else f"the keys are: {', '.join(names)}."
-        raise ReftuneError(f"recipe {path}: unknown key {key!r}; {way_out}")
+        raise ReftuneError(f"{where}: unknown key {key!r}; {way_out}")
 
 
 def read_layers(value: Any) -> int | list[int] | Literal["all"]:
