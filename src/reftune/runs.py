@@ -73,7 +73,7 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
     model = get_peft_model(base, recipe.adapter_config())
     if not isinstance(model, PeftModel):
         raise TypeError(f"get_peft_model returned a {type(model).__name__}")
-    train_set, eval_set = (_encode(rows, recipe, tokenizer) for rows in (train_rows, eval_rows))
+    train_set, eval_set = (encode_rows(rows, recipe, tokenizer) for rows in (train_rows, eval_rows))
     if recipe.show:
         positions = parse_positions(recipe.positions)
         show_examples(train_set, tokenizer, positions.ordinals, recipe.show, console)
@@ -81,7 +81,7 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
         _begin_output(recipe, output, fresh=checkpoint is None)
     trainer = ReftTrainer(
         model=model,
-        args=_arguments(recipe, output, len(train_set), bool(eval_rows)),
+        args=training_arguments(recipe, output, len(train_set), bool(eval_rows)),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
@@ -116,7 +116,8 @@ def read_data(recipe: TrainRecipe) -> tuple[list[Example], list[Example]]:
     return split_rows(rows, eval_fraction=recipe.eval_fraction, eval_rows=held_out, seed=recipe.seed)
 
 
-def _encode(rows: list[Example], recipe: TrainRecipe, tokenizer: Any) -> Any:
+def encode_rows(rows: list[Example], recipe: TrainRecipe, tokenizer: Any) -> Any:
+    """Rows as the trainer takes them, in order; None where there are none."""
     if not rows:
         return None
     return encode_dataset(
@@ -130,11 +131,22 @@ def _encode(rows: list[Example], recipe: TrainRecipe, tokenizer: Any) -> Any:
     )
 
 
-def _arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: bool) -> ReftTrainingArguments:
+def training_arguments(
+    recipe: TrainRecipe, output: Path, rows: int, evaluates: bool, **others: Any
+) -> ReftTrainingArguments:
+    """What a recipe means for the trainer.
+
+    Args:
+        recipe: the recipe.
+        output: where checkpoints and logs go.
+        rows: number of training rows.
+        evaluates: whether to evaluate and save after each epoch, and keep the best.
+        **others: arguments that win over these.
+    """
     steps = max(1, -(-rows // (recipe.batch_size * recipe.gradient_accumulation))) * recipe.epochs
     report_to = [name for name, on in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)) if on]
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"} if evaluates else {}
-    return ReftTrainingArguments(
+    arguments: dict[str, Any] = dict(
         output_dir=str(output),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
@@ -156,6 +168,7 @@ def _arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: bool) ->
         disable_tqdm=False,  # by default it follows the libraries' verbosity, and the progress would go with it
         **best,
     )
+    return ReftTrainingArguments(**(arguments | others))
 
 
 def _report_to(wanted: list[str]) -> Any:
