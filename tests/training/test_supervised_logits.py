@@ -14,6 +14,7 @@ from reftune.training.supervised_logits import (
     SupervisedLogitsError,
     head_sees_only,
     output_head,
+    shifted,
     supervised_forward,
     supervised_rows,
     unsupported_reason,
@@ -80,7 +81,7 @@ def test_half_precision_logits_give_a_float32_loss() -> None:
 
 def test_the_first_token_and_the_padding_are_never_targets() -> None:
     labels = torch.tensor([[7, -100, 8, 9], [-100, -100, -100, 5]])
-    found, targets = supervised_rows(labels)
+    found, targets = supervised_rows(shifted(labels))
     assert found.tolist() == [1, 2, 6] and targets.tolist() == [8, 9, 5]
 
 

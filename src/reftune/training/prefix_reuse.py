@@ -9,6 +9,7 @@ computed once without gradients:
 
 A step then puts the prefixes side by side (padded on the left, so that they all end where the tails begin), runs only
 the tails, only from the first edited layer up, with explicit position ids, and the head only at supervised positions.
+A tail ends at the last token that is to predict something: what follows it changes no loss.
 Where an edit reads the output of a block, that block itself is constant too and its stored output is edited.
 
 Tokens that every example begins with (a system prompt, a template) are computed and stored once for all. Exact or off:
@@ -28,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from reftune.engine import Engine
 from reftune.positions import Positions
+from reftune.training.loss import IGNORED_LABEL
 from reftune.training.partial_forward import (
     WholeCache,
     build_cache,
@@ -38,7 +40,7 @@ from reftune.training.partial_forward import (
 )
 from reftune.training.prefix_obstacles import obstacle
 from reftune.training.prefix_store import PrefixStore
-from reftune.training.supervised_logits import plain_model, supervised_forward
+from reftune.training.supervised_logits import plain_model, shifted, supervised_forward
 
 WORTH_IT = 0.1
 """Without a constant prefix, the share of constant layers from which on ``auto`` reuses them."""
@@ -54,15 +56,33 @@ class OtherBatch(Exception):
 
 @dataclass(frozen=True)
 class _Row:
-    """One example of a batch: its token ids, and where its first edited token stands."""
+    """One example of a batch.
+
+    Attributes:
+        ids: its tokens up to the last one that predicts something.
+        prompt_length: tokens of the prompt.
+        targets: what each of those tokens is to predict, -100 for nothing.
+        begin: where its first edited token stands.
+    """
 
     ids: Tensor
     prompt_length: int
-    labels: Tensor
+    targets: Tensor
     begin: int
 
     def key(self, upto: int | None = None) -> bytes:
         return self.ids[:upto].numpy().tobytes()
+
+
+def _of_similar_length(rows: list[int], lengths: list[int], most: float = 1.15) -> list[list[int]]:
+    """Group rows so that padding to the longest of a group costs little: its ``most`` is longest over shortest."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        if groups and lengths[row] <= most * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class Reduced:
     """A batch without what is constant of it.
 
     Attributes:
-        inputs: the model's arguments and the ``labels`` of the tails.
+        inputs: the model's arguments and the ``shift_labels`` of the tails.
         blocks, first, entering, as_tuple: as ``only_blocks`` takes them.
     """
 
@@ -164,7 +184,7 @@ class PrefixReuse:
         unknown = set(inputs) - {"input_ids", "attention_mask", "labels", "prompt_lengths"}
         if unknown or "prompt_lengths" not in inputs or "input_ids" not in inputs:
             raise PrefixReuseOff(f"batches carry {sorted(unknown) or 'no prompt_lengths'}")
-        ids, labels = inputs["input_ids"].cpu(), inputs["labels"].cpu()
+        ids, targets = inputs["input_ids"].cpu(), shifted(inputs["labels"]).cpu()
         lengths = inputs["prompt_lengths"].tolist()
         if len(lengths) != len(ids):
             raise PrefixReuseOff("rows are packed")
@@ -179,7 +199,10 @@ class PrefixReuse:
             shared = len(self._shared)
             if begin < shared or not torch.equal(own[:shared], self._shared):
                 raise OtherBatch
-            rows.append(_Row(own, length, labels[row][attended[row]], begin))
+            predicts = targets[row][attended[row]]
+            learned = (predicts != IGNORED_LABEL).nonzero()
+            end = max(begin + 1, int(learned[-1]) + 1 if len(learned) else 0)
+            rows.append(_Row(own[:end], length, predicts[:end], begin))
         return rows
 
     def _reduce(self, rows: list[_Row], device: torch.device) -> Reduced:
@@ -190,12 +213,12 @@ class PrefixReuse:
         lengths = [len(row.ids) - row.begin for row in rows]
         width = max(lengths)
         tail_mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-        labels = right_padded([row.labels[row.begin :] for row in rows])
+        targets = right_padded([row.targets[row.begin :] for row in rows])
         inputs: dict[str, Any] = {
             "attention_mask": torch.cat([prefix_mask, tail_mask.to(device)], dim=1).long(),
             "position_ids": tail_positions(begins, width),
             "prompt_lengths": torch.tensor([row.prompt_length for row in rows], device=device),
-            "labels": labels.masked_fill(~tail_mask, -100).to(device),
+            "shift_labels": targets.masked_fill(~tail_mask, IGNORED_LABEL).to(device),
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
@@ -226,58 +249,64 @@ class PrefixReuse:
 
     def _stored_or_computed(self, rows: list[_Row], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Each row's prefix, (layers, 2, heads, tokens after the shared ones, dim), and tail, (tokens, hidden)."""
-        prefixes, tails = [], []
-        for row in rows:
-            prefix, tail = self.store.get(b"p" + row.key(row.begin)), self.store.get(b"t" + row.key())
-            if prefix is None or (tail is None and self.first > 0):
-                kv, hidden = self._compute(row, device, prefix)
-                prefix, tail = {"kv": kv}, {"hidden": hidden}
-                self.store.put(b"p" + row.key(row.begin), prefix)
-                self.store.put(b"t" + row.key(), tail)
-            prefixes.append(prefix["kv"])
-            tails.append(tail["hidden"] if tail is not None else torch.empty(0))
-        return prefixes, tails
+        found = [(self.store.get(b"p" + row.key(row.begin)), self.store.get(b"t" + row.key())) for row in rows]
+        missing = [i for i, (prefix, tail) in enumerate(found) if prefix is None or (tail is None and self.first > 0)]
+        for group in _of_similar_length(missing, [len(row.ids) for row in rows]):
+            for index, (kv, hidden) in zip(group, self._compute([rows[i] for i in group], device), strict=True):
+                prefix, tail = found[index] = {"kv": kv}, {"hidden": hidden}
+                self.store.put(b"p" + rows[index].key(rows[index].begin), prefix)
+                self.store.put(b"t" + rows[index].key(), tail)
+        prefixes = [prefix["kv"] for prefix, _ in found if prefix is not None]
+        return prefixes, [tail["hidden"] if tail is not None else torch.empty(0) for _, tail in found]
 
     @torch.no_grad()
-    def _compute(self, row: _Row, device: torch.device, known: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Run the base model on one row: the prefix through every block, the tail up to the first edited layer.
+    def _compute(self, rows: list[_Row], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Run the base model on rows together: all tokens below the first edited layer, the prefixes alone above.
 
-        A row is computed by itself, so that its bits do not depend on the rows beside it: a resumed run, which meets
-        them in other company, goes on exactly.
+        Rows are padded on the right, where causal attention never sees it.
         """
-        shared = self._shared_root(device)
+        shared, count = self._shared_root(device), len(self.blocks)
+        ids = right_padded([row.ids[shared:] for row in rows]).to(device)
+        longest = max(row.begin for row in rows) - shared
+        arriving = None
+        with self._base_alone():
+            if self.first > 0:
+                with output_of(self.blocks[self.first - 1]) as outputs:
+                    self._run(ids, shared, 0, self.first, None)
+                arriving = outputs[0]
+            cache = None
+            if longest > 0 and self.first < count:
+                entering = None if arriving is None else arriving[:, :longest]
+                cache = self._run(ids[:, :longest], shared, self.first, count, entering)
+        found = []
+        for index, row in enumerate(rows):
+            tokens = slice(shared, row.begin)
+            kv = self._no_layers(row.begin - shared, device)
+            if cache is not None and row.begin > shared:
+                kv = self._stacked(cache, self.first, tokens, index)
+            hidden = torch.empty(0)
+            if arriving is not None:
+                hidden = arriving[index, row.begin - shared : len(row.ids) - shared]
+            found.append((kv, hidden))
+        return found
+
+    def _run(self, ids: Tensor, start: int, first: int, stop: int, entering: Tensor | None) -> WholeCache:
+        """Run some of the blocks on tokens (batch, tokens) that follow the shared ones; the cache that they filled."""
         cache = WholeCache(self.model.config)
         if self._root is not None:
             for layer, (keys, values) in zip(cache.layers, self._root, strict=True):
                 assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
-                layer.update(keys, values)
-        count, hidden = len(self.blocks), torch.empty(0)
-        with self._base_alone():
-            if row.begin > shared:
-                self._run(row.ids[shared : row.begin], shared, count if known is None else self.first, cache, device)
-            if known is not None:
-                kv = known["kv"]
-            elif row.begin > shared and self.first < count:
-                kv = self._stacked(cache, self.first, slice(shared, row.begin))
-            else:
-                kv = self._no_layers(row.begin - shared, device)
-            if self.first > 0:
-                with output_of(self.blocks[self.first - 1]) as outputs:
-                    self._run(row.ids[row.begin :], row.begin, self.first, cache, device)
-                hidden = outputs[0][0]
-        return kv, hidden
-
-    def _run(self, ids: Tensor, start: int, stop: int, cache: WholeCache, device: torch.device) -> None:
-        """Run the blocks before ``stop`` on tokens that follow those in the cache, which takes what they add."""
-        tokens = ids.unsqueeze(0).to(device)
-        positions = torch.arange(start, start + len(ids), device=device).unsqueeze(0)
-        with only_blocks(self.blocks, 0, stop, None, False, self._as_tuple):
-            self.owner(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+                layer.update(*(x.expand(len(ids), -1, -1, -1) for x in (keys, values)))
+        inputs = {"input_ids": ids} if entering is None else {"inputs_embeds": entering}
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(len(ids), -1)
+        with only_blocks(self.blocks, first, stop, entering, False, self._as_tuple):
+            self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+        return cache
 
     @staticmethod
-    def _stacked(cache: Any, first: int, tokens: slice) -> Tensor:
+    def _stacked(cache: Any, first: int, tokens: slice, row: int = 0) -> Tensor:
         """Keys and values of one row's tokens in the layers from ``first`` on, (layers, 2, heads, tokens, dim)."""
-        layers = [(layer.keys[0, :, tokens], layer.values[0, :, tokens]) for layer in cache.layers[first:]]
+        layers = [(layer.keys[row, :, tokens], layer.values[row, :, tokens]) for layer in cache.layers[first:]]
         if len({x.shape for pair in layers for x in pair}) != 1:
             raise PrefixReuseOff("its layers have keys and values of different shapes")
         return torch.stack([torch.stack(pair) for pair in layers])
@@ -317,7 +346,9 @@ class PrefixReuse:
     @torch.no_grad()
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], rows: list[_Row]) -> None:
         """Compare two rows' logits with the plain path's, once; learn on the way how the blocks return their output."""
-        few = {name: value[:2] for name, value in inputs.items()}
+        chosen = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))[:2]  # the shortest: they cost the least
+        width = int(inputs["attention_mask"][chosen].sum(1).max()) if "attention_mask" in inputs else None
+        few = {name: value[chosen] if value.ndim < 2 else value[chosen, :width] for name, value in inputs.items()}
         forms: list[int] = []
         handles = [
             block.register_forward_hook(
@@ -335,7 +366,7 @@ class PrefixReuse:
                 raise PrefixReuseOff("its blocks return their output in different forms")
             self._as_tuple = forms[0]
             device = inputs["input_ids"].device
-            with self._reduce(rows[:2], device).running() as reduced:
+            with self._reduce([rows[row] for row in chosen], device).running() as reduced:
                 again = supervised_forward(model, reduced)
         finally:
             for handle in handles:

@@ -42,13 +42,18 @@ class HeadGather:
     refused: tuple[int, ...] | None = None
 
 
+def shifted(labels: Int[Tensor, "batch sequence"]) -> Int[Tensor, "batch sequence"]:
+    """What each token is to predict: ``labels[b, t + 1]`` at ``[b, t]``, and -100 at the last token."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
 def supervised_rows(
-    labels: Int[Tensor, "batch sequence"],
+    shift_labels: Int[Tensor, "batch sequence"],
 ) -> tuple[Int[Tensor, " supervised"], Int[Tensor, " supervised"]]:
-    """The flat indices b * sequence + t with ``labels[b, t + 1] != -100``, and those labels."""
-    following = labels[:, 1:]
-    row, column = (following != IGNORED_LABEL).nonzero(as_tuple=True)
-    return row * labels.shape[1] + column, following[row, column]
+    """The flat indices b * sequence + t with ``shift_labels[b, t] != -100``, and those labels."""
+    flat = shift_labels.flatten()
+    rows = (flat != IGNORED_LABEL).nonzero().squeeze(1)
+    return rows, flat[rows]
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -125,7 +130,8 @@ def supervised_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Supervise
 
     Args:
         model: a causal language model, wrapped or not (see `unsupported_reason`).
-        inputs: its keyword arguments with ``labels`` (batch, sequence), -100 where nothing is learned.
+        inputs: its keyword arguments with ``labels`` (batch, sequence), -100 where nothing is learned; or with
+            ``shift_labels``, which say at each token what it is to predict (the name that transformers gives them).
 
     Returns:
         Logits (1, supervised, vocabulary), targets (1, supervised), and the model's output.
@@ -135,7 +141,7 @@ def supervised_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Supervise
             cannot be told apart.
     """
     arguments = dict(inputs)
-    labels: Tensor = arguments.pop("labels")
+    labels: Tensor = arguments.pop("shift_labels") if "shift_labels" in arguments else shifted(arguments.pop("labels"))
     shape = (int(labels.shape[0]), int(labels.shape[1]))
     rows, targets = supervised_rows(labels)
     with head_sees_only(model, rows, shape) as seen:
