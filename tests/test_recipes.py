@@ -45,9 +45,18 @@ def test_a_flag_for_held_out_rows_replaces_the_other_kind_in_the_recipe(tmp_path
     assert resolve_recipe(path, {"eval_file": "y.csv"}).eval_fraction == 0.0
 
 
+def test_a_flag_for_the_warm_up_replaces_the_other_kind_in_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train_file: x.csv\nwarmup_ratio: 0.1\n")
+    recipe = resolve_recipe(path, {"warmup_steps": "100"})
+    assert (recipe.warmup_steps, recipe.warmup_ratio) == (100, 0.0)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("train_file: x.csv\nwarmup_ratio: 0.1\nwarmup_steps: 5\n", "warmup_steps=5: warmup_ratio=0.1 is given too"),
+        ("train_file: x.csv\noptimizer: adamw\n", "optimizer='adamw': choose one of .*adamw_"),
         ("train_file: x.csv\nrnak: 4\n", "unknown key 'rnak'; did you mean rank"),
         ("train_file: x.csv\nr: 4\n", "did you mean rank?"),
         ("train_file: x.csv\nbatch-size: 4\n", "did you mean batch_size?"),

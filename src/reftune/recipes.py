@@ -16,12 +16,15 @@ from typing import Any, Literal
 
 import yaml
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from reftune.config import ReftConfig
+from reftune.data.classification import NUMBER
+from reftune.data.glue import GLUE
 from reftune.data.tokenising import Encoding
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
-from reftune.models import BUNDLED
+from reftune.models import BUNDLED, BUNDLED_ENCODER
 from reftune.positions import parse_positions
 from reftune.training.arguments import no_type_check
 
@@ -45,6 +48,9 @@ class TrainRecipe:
         ReftuneError: naming the field, its value and the way out.
     """
 
+    task: Literal["completion", "classification"] = _option(
+        "completion", "Data", "What is learned: a completion of each prompt, or each text's class (or a number)."
+    )
     train_file: str = _option(
         "",
         "Data",
@@ -54,6 +60,25 @@ class TrainRecipe:
     eval_file: str | None = _option(None, "Data", "File of held-out rows; the best checkpoint by their loss is kept.")
     eval_fraction: float = _option(0.0, "Data", "Hold out this share of the training rows.", "share, 0 to 1")
     split: str = _option("train", "Data", "Split of a Hub dataset.")
+    test_file: str | None = _option(
+        None, "Data", "Classification: file of rows to test the best checkpoint on (for MNLI: the mismatched ones)."
+    )
+    split_eval: bool = _option(
+        False, "Data", "Classification: part of the held-out rows chooses the checkpoint, the rest is the test (GLUE)."
+    )
+    glue: Literal["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"] | None = _option(
+        None, "Data", "Classification: the GLUE task whose columns, classes and metrics these are."
+    )
+    labels: str | list[str] | None = _option(
+        None,
+        "Data",
+        "Classification: class names in the order of their numbers (no,yes), or 'number'; default: as in the file.",
+        "name,name,...",
+        ("label_names",),
+    )
+    metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = _option(
+        None, "Data", "Classification: what chooses the checkpoint; default: GLUE's own, accuracy, or correlation."
+    )
     columns: str | dict[str, str] | None = _option(
         None, "Data", "Names of your columns: prompt=question,completion=answer.", "field=column,..."
     )
@@ -71,7 +96,7 @@ class TrainRecipe:
     model: str = _option(
         BUNDLED,
         "Model",
-        "Base model: 'smollm2' (bundled), a local folder, a .gguf file or a Hub name.",
+        "Base model: 'smollm2' or 'minilm' (bundled), a local folder, a .gguf file or a Hub name.",
         aka=("base_model",),
     )
     dtype: str | None = _option(
@@ -115,7 +140,14 @@ class TrainRecipe:
     warmup_ratio: float = _option(
         0.0, "Training", "Share of the steps in which the learning rate rises.", "share, 0 to 1"
     )
+    warmup_steps: int | None = _option(None, "Training", "The same as a number of steps.", "steps")
     weight_decay: float = _option(0.0, "Training", "Weight decay of AdamW.", "per step")
+    optimizer: str | None = _option(
+        None,
+        "Training",
+        "adamw_torch, paged_adamw_32bit, ... as transformers names them; default: AdamW.",
+        aka=("optim",),
+    )
     schedule: str = _option(
         "linear", "Training", "How the learning rate falls: linear, cosine, constant, ...", aka=("lr_scheduler_type",)
     )
@@ -140,14 +172,18 @@ class TrainRecipe:
     def __post_init__(self) -> None:
         for item in fields(self):
             object.__setattr__(self, item.name, _coerce(item, getattr(self, item.name)))
+        if self.glue and not self.train_file:
+            object.__setattr__(self, "train_file", GLUE[self.glue].source)
         if not self.train_file:
             raise ReftuneError("There is nothing to train on: give --train-file FILE (or the key train_file).")
         object.__setattr__(self, "layers", read_layers(self.layers))
         object.__setattr__(self, "positions", parse_positions(self.positions).text)
         object.__setattr__(self, "columns", read_columns(self.columns))
+        object.__setattr__(self, "labels", read_labels(self.labels))
+        self._check_task()
         for name in ("rank", "batch_size", "gradient_accumulation", "limit_rows", "log_every"):
             self._at_least(name, 1)
-        for name in ("seed", "show", "weight_decay", "max_grad_norm"):
+        for name in ("seed", "show", "warmup_steps", "weight_decay", "max_grad_norm"):
             self._at_least(name, 0)
         for name in ("epochs", "lr"):
             if getattr(self, name) <= 0:
@@ -159,6 +195,14 @@ class TrainRecipe:
             raise ReftuneError("eval_file and eval_fraction are both given: held-out rows come from one of them.")
         if self.max_length is not None and self.max_length < 2:
             raise ReftuneError(f"max_length={self.max_length}: a row needs a prompt token and a label, so at least 2.")
+        if self.warmup_ratio and self.warmup_steps is not None:
+            raise ReftuneError(
+                f"warmup_steps={self.warmup_steps}: warmup_ratio={self.warmup_ratio:g} is given too; keep one of them."
+            )
+        optimizers = [name.value for name in OptimizerNames]
+        if self.optimizer is not None and self.optimizer not in optimizers:
+            close = difflib.get_close_matches(self.optimizer, optimizers, n=3)
+            raise ReftuneError(f"optimizer={self.optimizer!r}: choose one of {', '.join(close or optimizers)}.")
         schedules = [kind.value for kind in SchedulerType]
         if self.schedule not in schedules:
             raise ReftuneError(f"schedule={self.schedule!r}: choose one of {', '.join(schedules)}.")
@@ -169,13 +213,31 @@ class TrainRecipe:
         if value is not None and value < least:
             raise ReftuneError(f"{name}={value}: must be at least {least}.")
 
-    def adapter_config(self) -> ReftConfig:
-        """The adapter as PEFT takes it."""
+    def _check_task(self) -> None:
+        """Refuse options that the other task alone has."""
+        classifies = self.task == "classification"
+        others = (
+            ("template", "system_prompt") if classifies else ("test_file", "split_eval", "glue", "labels", "metric")
+        )
+        for name in others:
+            if getattr(self, name):
+                way_out = "leave it out" if classifies else "set task: classification"
+                raise ReftuneError(f"{name}={getattr(self, name)!r} has no meaning for task={self.task!r}: {way_out}.")
+        if self.glue and self.labels:
+            raise ReftuneError(f"labels={self.labels!r}: glue={self.glue!r} has its own; leave one of the two out.")
+        numbers = not GLUE[self.glue].labels if self.glue else self.labels == NUMBER if self.labels else None
+        if self.metric and numbers is not None and numbers != (self.metric in ("pearson", "spearman")):
+            of = "a number" if numbers else "classes"
+            raise ReftuneError(f"metric={self.metric!r} does not measure {of}; leave it out, or name one that does.")
+
+    def adapter_config(self, head: Sequence[str] = ()) -> ReftConfig:
+        """The adapter as PEFT takes it; `head`: a classifier's modules that are trained and saved whole."""
         layers: Any = self.layers
         return ReftConfig(
             method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
             positions=self.positions, share_weights=self.share_weights, dropout=self.dropout, act_fn=self.act_fn,
-            init=self.init, task_type="CAUSAL_LM",
+            init=self.init, task_type="SEQ_CLS" if self.task == "classification" else "CAUSAL_LM",
+            modules_to_save=list(head) or None,
         )  # fmt: skip
 
     def encoding(self, tokenizer: Any) -> Encoding:
@@ -185,14 +247,14 @@ class TrainRecipe:
     def full_path(self, name: str) -> Any:
         """A field that may be a local path, in full where it is one; a Hub name or None stays."""
         value = getattr(self, name)
-        if not value or value in (DEMO_DATA, BUNDLED) or not Path(value).expanduser().exists():
+        if not value or value in (DEMO_DATA, BUNDLED, BUNDLED_ENCODER) or not Path(value).expanduser().exists():
             return value
         return str(Path(value).expanduser().resolve())
 
     def to_yaml(self) -> str:
         """The recipe as `run.yaml` holds it: every key, local files by their full path, ready to run again anywhere."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _PER_CALL}
-        values |= {name: self.full_path(name) for name in ("train_file", "eval_file", "model")}
+        values |= {name: self.full_path(name) for name in ("train_file", "eval_file", "test_file", "model")}
         values["output"] = str(Path(self.output).expanduser().resolve())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
@@ -229,6 +291,9 @@ def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | No
         merged.pop("eval_fraction", None)
     if "eval_fraction" in given:
         merged.pop("eval_file", None)
+    for name, other in (("warmup_ratio", "warmup_steps"), ("warmup_steps", "warmup_ratio")):
+        if name in given:
+            merged.pop(other, None)
     try:
         return TrainRecipe(**{**merged, **given})
     except ReftuneError as error:
@@ -317,6 +382,24 @@ def read_columns(value: Any) -> dict[str, str] | None:
         if not equals or not name.strip() or not column.strip():
             raise ReftuneError(f"columns={value!r}: write field=column, as in prompt=question,completion=answer.")
         found[name.strip()] = column.strip()
+    return found
+
+
+def read_labels(value: Any) -> list[str] | str | None:
+    """`"no,yes"` or a list of names; `"number"` for a regression.
+
+    Raises:
+        ReftuneError: fewer than two names, a name twice, or one that YAML took for something else.
+    """
+    if value is None or value in ("", NUMBER):
+        return value or None
+    names = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            raise ReftuneError(f"labels={value!r}: YAML reads an unquoted no, yes or null otherwise; put it in quotes.")
+    found = [str(name).strip() for name in names]
+    if len(set(found)) < max(2, len(found)) or not all(found):
+        raise ReftuneError(f"labels={value!r}: give at least two different names (no,yes), or {NUMBER!r}.")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -153,7 +154,7 @@ def training_arguments(
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.lr,
-        warmup_steps=recipe.warmup_ratio,
+        warmup_steps=recipe.warmup_ratio if recipe.warmup_steps is None else recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
@@ -166,9 +167,19 @@ def training_arguments(
         report_to=_report_to(report_to),
         use_cpu=recipe.device == "cpu",
         disable_tqdm=False,  # by default it follows the libraries' verbosity, and the progress would go with it
+        **({"optim": _optimizer(recipe.optimizer)} if recipe.optimizer else {}),
         **best,
     )
     return ReftTrainingArguments(**(arguments | others))
+
+
+def _optimizer(name: str) -> str:
+    if any(mark in name for mark in ("paged", "8bit", "bnb")) and importlib.util.find_spec("bitsandbytes") is None:
+        raise ReftuneError(
+            f"optimizer={name!r} needs bitsandbytes, which is not installed: run `pip install 'reftune[quantised]'`, "
+            "or give --optimizer adamw_torch."
+        )
+    return name
 
 
 def _report_to(wanted: list[str]) -> Any:
