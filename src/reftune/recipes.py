@@ -332,11 +332,11 @@ def check_keys(values: Mapping[str, Any], path: Path) -> None:
     check_names(values, {item.name: item.metadata["aka"] for item in recipe_fields()}, f"recipe {path}")
 
 
-def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str) -> None:
+def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str, what: str = "key") -> None:
     """Refuse keys that are not among `names`; other libraries' words for them, their values, are told as near.
 
     Raises:
-        ReftuneError: naming the place, the key and the names near it.
+        ReftuneError: naming the place, the key (or `what` they are) and the names near it.
     """
     for key in values:
         if key in names:
@@ -344,8 +344,8 @@ def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where
         known_as = [name for name, others in names.items() if key in others]
         dashed = key.replace("-", "_")
         close = known_as or ([dashed] if dashed in names else difflib.get_close_matches(dashed, names, n=3, cutoff=0.5))
-        way_out = f"did you mean {' or '.join(close)}?" if close else f"the keys are: {', '.join(names)}."
-        raise ReftuneError(f"{where}: unknown key {key!r}; {way_out}")
+        way_out = f"did you mean {' or '.join(close)}?" if close else f"the {what}s are: {', '.join(names)}."
+        raise ReftuneError(f"{where}: unknown {what} {key!r}; {way_out}")
 
 
 def read_layers(value: Any) -> int | list[int] | Literal["all"]:
