@@ -65,8 +65,12 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
         TrainingInterrupted: after Ctrl-C in training.
     """
     console = console or Console(stderr=True)
+    if recipe.task == "classification":
+        from reftune.classifier_runs import run_classification  # which is built on this module
+
+        return run_classification(recipe, console)
     output = Path(recipe.output).expanduser()
-    checkpoint = _check_output(recipe, output)
+    checkpoint = check_output(recipe, output)
     train_rows, eval_rows = read_data(recipe)
     transformers.set_seed(recipe.seed)
     name = recipe.full_path("model")  # a relative folder in the adapter's configuration would be found from here alone
@@ -75,11 +79,7 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
     if not isinstance(model, PeftModel):
         raise TypeError(f"get_peft_model returned a {type(model).__name__}")
     train_set, eval_set = (encode_rows(rows, recipe, tokenizer) for rows in (train_rows, eval_rows))
-    if recipe.show:
-        positions = parse_positions(recipe.positions)
-        show_examples(train_set, tokenizer, positions.ordinals, recipe.show, console)
-    with readable_disk_errors(output):
-        _begin_output(recipe, output, fresh=checkpoint is None)
+    begin_training(recipe, output, checkpoint, train_set, tokenizer, console)
     trainer = ReftTrainer(
         model=model,
         args=training_arguments(recipe, output, len(train_set), bool(eval_rows)),
@@ -87,18 +87,48 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
         eval_dataset=eval_set,
         processing_class=tokenizer,
     )
+    train_until_done(trainer, recipe, output, checkpoint)
+    metrics = {**trainer.report(), "train_rows": len(train_rows), "eval_rows": len(eval_rows)}
+    return write_results(recipe, output, trainer, metrics, tokenizer)
+
+
+def begin_training(
+    recipe: TrainRecipe, output: Path, checkpoint: str | None, train_set: Any, tokenizer: Any, console: Console
+) -> None:
+    """Show the rows that were asked for and begin the output folder (see `begin_output`)."""
+    if recipe.show:
+        positions = parse_positions(recipe.positions)
+        show_examples(train_set, tokenizer, positions.ordinals, recipe.show, console)
+    with readable_disk_errors(output):
+        begin_output(recipe, output, fresh=checkpoint is None)
+
+
+def train_until_done(trainer: ReftTrainer, recipe: TrainRecipe, output: Path, checkpoint: str | None) -> None:
+    """Train, and leave the model in evaluation mode.
+
+    Raises:
+        TrainingInterrupted: after Ctrl-C.
+    """
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as interrupt:
         raise TrainingInterrupted(_how_to_go_on(recipe, output)) from interrupt
-    model.eval()
-    metrics = {**trainer.report(), "train_rows": len(train_rows), "eval_rows": len(eval_rows)}
+    trainer.model.eval()
+
+
+def write_results(
+    recipe: TrainRecipe, output: Path, trainer: ReftTrainer, metrics: dict[str, Any], tokenizer: Any
+) -> TrainedRun:
+    """Write adapter, curve, card and, last, the metrics: `metrics.json` says that the run is whole."""
+    model = trainer.model
+    unit = "loss" if recipe.task == "classification" else "loss (nats per completion token)"
     with readable_disk_errors(output):
         save_adapter(model, output)
-        plot_loss(trainer.state.log_history, output / CURVE_FILE)
+        plot_loss(trainer.state.log_history, output / CURVE_FILE, unit)
         write_text(output / CARD_FILE, model_card(recipe, metrics, tokenizer))
-        write_text(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")  # last: it says that the run is whole
-    edited = EditedModel(model, tokenizer, within_context(recipe.encoding(tokenizer), base), output)
+        write_text(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    encoding = within_context(recipe.encoding(tokenizer), model.get_base_model())
+    edited = EditedModel(model, tokenizer, encoding, output)
     return TrainedRun(output, metrics, edited, [e["loss"] for e in trainer.state.log_history if "loss" in e])
 
 
@@ -196,7 +226,7 @@ def _report_to(wanted: list[str]) -> Any:
 # The output folder
 
 
-def _check_output(recipe: TrainRecipe, output: Path) -> str | None:
+def check_output(recipe: TrainRecipe, output: Path) -> str | None:
     """The checkpoint to resume from, or None to start; refuse what would destroy an unfinished run."""
     if output.exists() and not output.is_dir():
         raise ReftuneError(f"output={recipe.output!r} is a file; name a folder.")
@@ -213,7 +243,8 @@ def _check_output(recipe: TrainRecipe, output: Path) -> str | None:
     return None
 
 
-def _begin_output(recipe: TrainRecipe, output: Path, fresh: bool) -> None:
+def begin_output(recipe: TrainRecipe, output: Path, fresh: bool) -> None:
+    """Make the folder, **forget what an earlier run left in it** (unless resumed), and write `run.yaml`."""
     output.mkdir(parents=True, exist_ok=True)
     (output / METRICS_FILE).unlink(missing_ok=True)
     if fresh:  # an earlier run's checkpoints are no part of this one

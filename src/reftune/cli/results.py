@@ -24,12 +24,22 @@ def print_training(run: TrainedRun, console: Console) -> None:
         )
     if metrics["eval_loss"] is not None:
         table.add_row("held-out loss", f"{metrics['eval_loss']:.4f}")
+    for part in ("validation", "test", "test_mismatched", "test_file"):
+        if isinstance(score := metrics.get(part), dict):
+            for name, value in score["metrics"].items():
+                low, high = score["intervals"][name]
+                shown = f"{value:.4f}  ({low:.4f} to {high:.4f}, {score['rows']:,} rows)"
+                table.add_row(f"{part.replace('_', ' ')} {name.replace('_', ' ')}", shown)
     table.add_row("seconds", f"{sum(metrics['epoch_seconds']):.1f}")
     table.add_row("tokens a second", f"{metrics['tokens_per_second']:,.0f}")
     console.print(table)
-    console.print(
-        f"Saved in {run.folder}. Try it: reftune chat {run.folder}", soft_wrap=True, highlight=False, markup=False
-    )
+    console.print(f"Saved in {run.folder}. Try it: {_next_command(run)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _next_command(run: TrainedRun) -> str:
+    if run.metrics.get("task") == "classification":
+        return f"reftune predict {run.folder} --file FILE"
+    return f"reftune chat {run.folder}"
 
 
 def side_by_side(

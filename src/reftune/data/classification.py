@@ -3,7 +3,11 @@
 | columns | where it comes from |
 |---|---|
 | `text`, optional `text_pair` | our own form |
-| `sentence` · `sentence1`, `sentence2` · `question1`, `question2` · `premise`, `hypothesis` · `question`, `sentence` | GLUE |
+| `sentence` | GLUE's CoLA and SST-2 |
+| `sentence1`, `sentence2` | MRPC, RTE, STS-B |
+| `question1`, `question2` | QQP |
+| `premise`, `hypothesis` | MNLI |
+| `question`, `sentence` | QNLI |
 """
 
 from __future__ import annotations
@@ -150,8 +154,8 @@ def _numbered(rows: Sequence[LabelledText], ids: list[int]) -> LabelScheme:
             continue
         row = which(rows, key=lambda row: _as_number(row.label) or 0.0)
         raise ReftuneError(
-            f"{row.where}: label {row.label} is no class number (0 to {_MOST_CLASSES - 1}); for a number to predict set "
-            f"labels: {NUMBER}; for classes name them with labels"
+            f"{row.where}: label {row.label} is no class number (0 to {_MOST_CLASSES - 1}); where a number is to be "
+            f"predicted set labels: {NUMBER}, else name the classes with labels"
         )
     return LabelScheme(tuple(str(number) for number in range(max(ids) + 1)))
 
@@ -169,8 +173,8 @@ def _find_columns(row: RawRow, columns: Mapping[str, str], names: Sequence[str],
         if not names:
             shapes = "; ".join(" + ".join(shape) for shape in _SHAPES)
             raise ReftuneError(
-                f"{row.source}: the columns ({', '.join(map(str, row.values))}) hold none of: {shapes}. Rename them, or "
-                "map them: columns: text=review,label=stars"
+                f"{row.source}: the columns ({', '.join(map(str, row.values))}) hold none of: {shapes}. Rename them, "
+                "or map them: columns: text=review,label=stars"
             )
         found = dict(zip(_FIELDS, names, strict=False)) | dict(columns)
     if labelled:

@@ -15,12 +15,17 @@ from matplotlib.ticker import MaxNLocator
 _TRAIN, _EVAL = "#8aa4c8", "#c2410c"
 
 
-def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def plot_loss(
+    log_history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    unit: str = "loss (nats per completion token)",
+) -> None:
     """Draw training and evaluation loss by optimiser step into a PNG. **Replaces the file**, all at once or not at all.
 
     Args:
         log_history: ``trainer.state.log_history``: entries with ``step`` and ``loss`` or ``eval_loss``.
         path: the PNG; its folder is made.
+        unit: what stands at the vertical axis.
     """
     train, evaluation = _points(log_history, "loss"), _points(log_history, "eval_loss")
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -37,7 +42,7 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[
             f"{best:.3f}", (step, best), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8, color=_EVAL
         )
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats per completion token)")
+    axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(True, color="#e5e7eb", linewidth=0.8)

@@ -73,9 +73,13 @@ class ProgressBarCallback(TrainerCallback):
         """Show the loss; a line of its own for an evaluation."""
         if not state.is_world_process_zero or not logs:
             return
-        losses = {name: value for name, value in logs.items() if name.startswith("eval_") and name.endswith("loss")}
-        if losses:
-            text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
+        scores = {
+            name: value
+            for name, value in logs.items()
+            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
+        }
+        if scores:
+            text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
             self._print(f"step {state.global_step}/{state.max_steps}  {text}")
         if "loss" not in logs:
             return

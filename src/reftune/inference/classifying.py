@@ -1,0 +1,211 @@
+"""Load a trained classifier, and let it tell the class (or the number) of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+from reftune import models
+from reftune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, load_adapter, read_adapter_config
+from reftune.data.classification import NUMBER, LabelScheme
+from reftune.data.collating import CompletionCollator
+from reftune.data.formats import LabelledText
+from reftune.data.glue import GLUE
+from reftune.data.tokenising import encode_dataset
+from reftune.errors import ReftuneError
+from reftune.inference.loading import recorded_run
+from reftune.training.prompt_ends import with_prompt_ends
+
+_HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight", "logits_proj.weight")
+
+
+@dataclass(frozen=True)
+class EditedClassifier:
+    """A base model with edits and a trained head, and how texts become its input.
+
+    Attributes:
+        model: the PEFT model, in evaluation mode.
+        tokenizer: the base model's.
+        scheme: its classes.
+        max_length: tokens of a text, or of a pair; longer ones lose their end.
+        glue: the GLUE task that it was trained for, whose metrics it is measured by.
+        metric: what else it is measured by first.
+        folder: where the adapter came from; None for one that was just trained.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    scheme: LabelScheme
+    max_length: int | None = None
+    glue: str | None = None
+    metric: str | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one text was taken for.
+
+    Attributes:
+        label: class name, or the predicted number.
+        probability: of that class; None for a number.
+        probabilities: of every class by name; empty for a number.
+    """
+
+    label: str | float
+    probability: float | None
+    probabilities: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a results file holds of it."""
+        if self.probability is None:
+            return {"label": self.label}
+        return {"label": self.label, "probability": self.probability, "probabilities": self.probabilities}
+
+
+def is_classifier(folder: str | Path) -> bool:
+    """Whether an adapter folder holds a classifier.
+
+    Raises:
+        ReftuneError: no adapter there.
+    """
+    return read_adapter_config(Path(folder).expanduser()).get("task_type") == "SEQ_CLS"
+
+
+def load_classifier(
+    folder: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantization: Any = None,
+) -> EditedClassifier:
+    """Load a classifier's folder onto its base model.
+
+    Args:
+        folder: an output folder of `reftune train` with `task: classification`, or one of its checkpoints.
+        model: another name or folder of the base model than the one recorded.
+        dtype: as in training where None.
+        device: the best there is where None.
+        quantization: as in training where None.
+
+    Raises:
+        ReftuneError: the folder, its files or its base model cannot be used, or it is no classifier.
+    """
+    folder = Path(folder).expanduser()
+    config = read_adapter_config(folder)
+    check_weights_file(folder)
+    if config.get("task_type") != "SEQ_CLS":
+        raise ReftuneError(
+            f"{folder / CONFIG_FILE}: task_type is {config.get('task_type')!r}, not 'SEQ_CLS': this adapter writes "
+            "text; use `reftune generate`."
+        )
+    recorded = recorded_run(folder)
+    name = model or config.get("base_model_name_or_path") or recorded.get("model")
+    if not name:
+        raise ReftuneError(f"{folder} does not say which base model it belongs to: name it with --model.")
+    scheme = _recorded_scheme(folder, recorded)
+    base, tokenizer = models.load(
+        name,
+        dtype or recorded.get("dtype"),
+        device,
+        quantization=quantization or recorded.get("quantization"),
+        task="seq_cls",
+        num_labels=scheme.outputs,
+    )
+    describe_labels(base, scheme)
+    edited = load_adapter(base, folder)
+    edited.eval()
+    return EditedClassifier(
+        edited, tokenizer, scheme, recorded.get("max_length"), recorded.get("glue"), recorded.get("metric"), folder
+    )
+
+
+def describe_labels(model: Any, scheme: LabelScheme) -> None:
+    """Write the classes, and the loss that belongs to them, into a base model's configuration. **Changes it.**"""
+    names = scheme.names or ("LABEL_0",)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    model.config.problem_type = "regression" if scheme.regression else "single_label_classification"
+
+
+@torch.no_grad()
+def class_scores(
+    classifier: EditedClassifier, rows: Sequence[LabelledText], batch_size: int = 32
+) -> Float[np.ndarray, "rows outputs"]:
+    """The head's float32 outputs: a logit for each class, or the number, in the order of the rows.
+
+    Args:
+        classifier: the model.
+        rows: texts; their labels do not matter.
+        batch_size: rows of one forward pass, which are of similar length.
+    """
+    model, scheme = classifier.model, classifier.scheme
+    any_label: str | float = 0.0 if scheme.regression else scheme.names[0]
+    encoded = encode_dataset(
+        [replace(row, label=any_label) for row in rows],
+        classifier.tokenizer,
+        label_names=list(scheme.names),
+        max_length=classifier.max_length,
+    )
+    collate = CompletionCollator(int(classifier.tokenizer.pad_token_id))  # type: ignore[arg-type]
+    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
+    scores = np.zeros((len(rows), scheme.outputs), dtype=np.float32)
+    for start in range(0, len(by_length), batch_size):
+        chosen = by_length[start : start + batch_size]
+        batch = collate([encoded[index] for index in chosen])
+        del batch["labels"]
+        inputs = with_prompt_ends(model, {name: value.to(model.device) for name, value in batch.items()})
+        scores[chosen] = model(**inputs).logits.float().cpu().numpy()
+    return scores
+
+
+def predict(classifier: EditedClassifier, rows: Sequence[LabelledText], batch_size: int = 32) -> list[Prediction]:
+    """What each text is taken for, in the order of the rows; arguments as for `class_scores`."""
+    names = classifier.scheme.names
+    found = []
+    for scores in class_scores(classifier, rows, batch_size).astype(np.float64):
+        if not names:
+            found.append(Prediction(float(scores[0]), None, {}))
+            continue
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        best = int(shares.argmax())
+        found.append(Prediction(names[best], float(shares[best]), dict(zip(names, map(float, shares), strict=True))))
+    return found
+
+
+def _recorded_scheme(folder: Path, recorded: dict[str, Any]) -> LabelScheme:
+    """The classes that `run.yaml` names; where there is none, numbers, as many as the saved head has outputs."""
+    outputs = _saved_outputs(folder)
+    labels = GLUE[recorded["glue"]].labels if recorded.get("glue") in GLUE else recorded.get("labels")
+    if labels is None:
+        names = () if outputs == 1 else tuple(str(number) for number in range(outputs))
+        return LabelScheme(names)
+    scheme = LabelScheme(() if labels == NUMBER else tuple(map(str, labels)))
+    if scheme.outputs != outputs:
+        raise ReftuneError(
+            f"{folder}: run.yaml names {scheme.outputs} classes and the saved head has {outputs} outputs: the two files "
+            "are not of one run."
+        )
+    return scheme
+
+
+def _saved_outputs(folder: Path) -> int:
+    path = folder / WEIGHTS_FILE
+    with safe_open(path, framework="pt") as tensors:
+        names = list(tensors.keys())
+        for ending in _HEADS:
+            for name in names:
+                if name.endswith("." + ending):
+                    return int(tensors.get_slice(name).get_shape()[0])
+    raise ReftuneError(f"{path} holds no classifier head ({', '.join(_HEADS)}); the adapter must be trained again.")
