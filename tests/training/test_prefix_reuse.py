@@ -19,7 +19,8 @@ from reftune.training import ReftTrainer, ReftTrainingArguments
 from reftune.training.loss import completion_loss
 from reftune.training.prefix_reuse import PrefixReuse
 from reftune.training.prefix_store import PrefixStore
-from reftune.training.prefix_switch import PrefixSwitch, shared_beginning
+from reftune.training.prefix_switch import PrefixSwitch
+from reftune.training.shared_beginning import shared_beginning
 from reftune.training.supervised_logits import supervised_forward
 
 EXACT = [  # a full-attention, a sliding-window, a hybrid, a learned-position, a parallel-block, a norm-after model, ...
@@ -35,6 +36,9 @@ ADAPTERS = {
     "last layer": {"positions": "l1", "layers_to_transform": [-1]},
     "no constant prefix": {"positions": "f1+l1", "layers_to_transform": [1, 2]},
     "untied": {"positions": "f2+l2", "layers_to_transform": [1, 2], "share_weights": False},
+    "shared and edited": {"positions": "f2+l2", "layers_to_transform": "all"},
+    "every prompt token": {"positions": "prompt", "layers_to_transform": [0, 2], "component": "block_input"},
+    "every token": {"positions": "all", "layers_to_transform": "all", "component": "mlp_output"},
 }
 
 
@@ -86,9 +90,21 @@ def loss_and_gradients(model: nn.Module, inputs: dict[str, Any], switch: PrefixS
     return loss.detach(), [p.grad.clone() for p in parameters]
 
 
+@pytest.fixture
+def float64_throughout(monkeypatch):
+    """Let a float64 model's norms stay in float64: they ask for float32 in any case, whose rounding would be all we see."""
+    to = torch.Tensor.to
+
+    def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if self.dtype == torch.float64 and args[:1] == (torch.float32,) else to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: keep(self, torch.float32))
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("name", [*EXACT, *MIXTURES])
-def test_loss_and_every_gradient_equal_the_plain_path(name: str, adapter: str):
+def test_loss_and_every_gradient_equal_the_plain_path(name: str, adapter: str, float64_throughout):
     rows, model = examples(), tuned(name, **ADAPTERS[adapter])
     loss, gradients = loss_and_gradients(model, batch_of(rows))
     assert any(bool(g.any()) for g in gradients)
@@ -110,7 +126,7 @@ def test_loss_and_every_gradient_equal_the_plain_path(name: str, adapter: str):
 def test_the_budget_changes_what_is_kept_and_not_what_is_computed(memory: int, disk: int):
     rows, model = examples(10), tuned(positions="l1", layers_to_transform=[1])
     reuse = PrefixReuse(model, PrefixStore(memory, disk))
-    reuse.share(shared_beginning(rows, reuse.positions))
+    reuse.share_beginning_of(rows)
     batches = [batch_of(rows[:4]), batch_of(rows[4:8]), batch_of(rows[6:])]
     for _ in range(3):
         for batch in batches:
@@ -149,7 +165,12 @@ def test_what_all_prompts_begin_with_is_found_and_never_reaches_an_edited_token(
     assert len(shared_beginning(rows, [l5])) <= min(row["prompt_length"] for row in rows) - 5 + 1e-9
     alike = [{"input_ids": [5, 6, 7, 8], "prompt_length": 3}, {"input_ids": [5, 6, 7, 9], "prompt_length": 3}]
     assert shared_beginning(alike, [l1]).tolist() == [5, 6]
-    assert shared_beginning(alike, [reftune.parse_positions("f1")]).tolist() == []
+    f1, f3l1 = reftune.parse_positions("f1"), reftune.parse_positions("f3+l1")
+    assert shared_beginning(alike, [f1]).tolist() == []
+    assert shared_beginning(alike, [f1], edited=True).tolist() == [5, 6]
+    short = {"input_ids": [5, 6, 7, 8], "prompt_length": 3}  # f3+l1 halves it: one token in front, one behind
+    long = {"input_ids": [5, 6, 7, 8, 9, 9], "prompt_length": 6}
+    assert shared_beginning([short, long], [f3l1], edited=True).tolist() == [5]
 
 
 def test_examples_with_the_same_prompt_share_its_keys_and_values():
@@ -219,7 +240,33 @@ def refusal(model: nn.Module, rows: list[dict] | None = None, **changes: Any) ->
 )
 def test_auto_is_off_where_next_to_nothing_is_constant(positions: str, layers, words: str, monkeypatch):
     monkeypatch.setattr("reftune.training.prefix_reuse.WORTH_IT", 0.5)
-    assert words in refusal(tuned(positions=positions, layers_to_transform=layers))
+    assert words in refusal(tuned(positions=positions, layers_to_transform=layers), examples(common=0))
+
+
+def tokens_run(model: nn.Module, rows: list[dict], block: int) -> int:
+    """Tokens that pass a block in one step with prefix reuse, after a first step that fills the store."""
+    switch, counted = PrefixSwitch("on", None, [rows]), []
+    loss_and_gradients(model, batch_of(rows), switch)
+    blocks = model.get_base_model().model.layers
+    handle = blocks[block].register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
+        with_kwargs=True,
+    )
+    loss_and_gradients(model, batch_of(rows), switch)
+    handle.remove()
+    return sum(counted)
+
+
+def test_a_step_runs_shared_tokens_once_and_none_after_the_last_prediction():
+    rows = examples(common=4)
+    longest = max(len(row["input_ids"]) for row in rows) - 1  # the last token predicts nothing
+    edited = tuned(positions="f2", layers_to_transform="all")
+    assert tokens_run(edited, rows, 2) == 4 + len(rows) * (longest - 4)
+    dropping = tuned(positions="f2", layers_to_transform="all", dropout=0.1)  # each row draws its own
+    assert tokens_run(dropping, rows, 2) == len(rows) * longest
+    last = tuned(positions="l1", layers_to_transform=[1])
+    completions = max(len(row["input_ids"]) - row["prompt_length"] for row in rows)
+    assert tokens_run(last, rows, 2) == len(rows) * completions
 
 
 def test_what_makes_it_inexact_switches_it_off_with_a_reason():

@@ -12,15 +12,17 @@ the tails, only from the first edited layer up, with explicit position ids, and 
 A tail ends at the last token that is to predict something: what follows it changes no loss.
 Where an edit reads the output of a block, that block itself is constant too and its stored output is edited.
 
-Tokens that every example begins with (a system prompt, a template) are computed and stored once for all. Exact or off:
-``obstacle`` names what makes it inexact, and the first batch's logits are compared with the plain path's besides.
+Tokens that every example begins with (a system prompt, a template) are computed and stored once for all. Where edits
+lie in them (``f7+l7``, ``prompt``, ``all``), they are the same edits of the same states in every row, so that a step
+runs them once for the whole batch, with gradients, before the rows' own tokens. Exact or off: ``obstacle`` names what
+makes it inexact, and the first batch's logits are compared with the plain path's besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from transformers.cache_utils import DynamicLayer
 
 from reftune.engine import Engine
 from reftune.positions import Positions
+from reftune.training.base_identity import base_identity
 from reftune.training.loss import IGNORED_LABEL
 from reftune.training.partial_forward import (
     WholeCache,
@@ -40,10 +43,11 @@ from reftune.training.partial_forward import (
 )
 from reftune.training.prefix_obstacles import obstacle
 from reftune.training.prefix_store import PrefixStore
+from reftune.training.shared_beginning import shared_beginning
 from reftune.training.supervised_logits import plain_model, shifted, supervised_forward
 
 WORTH_IT = 0.1
-"""Without a constant prefix, the share of constant layers from which on ``auto`` reuses them."""
+"""Without a constant prefix, the share of a step's work from which on it is saved."""
 
 
 class PrefixReuseOff(Exception):
@@ -70,8 +74,11 @@ class _Row:
     targets: Tensor
     begin: int
 
-    def key(self, upto: int | None = None) -> bytes:
-        return self.ids[:upto].numpy().tobytes()
+    def prefix_key(self) -> bytes:
+        return b"p" + self.ids[: self.begin].numpy().tobytes()
+
+    def tail_key(self) -> bytes:
+        return b"t%d:" % self.begin + self.ids.numpy().tobytes()
 
 
 def _of_similar_length(rows: list[int], lengths: list[int], most: float = 1.15) -> list[list[int]]:
@@ -113,12 +120,13 @@ class PrefixReuse:
     Args:
         model: a causal language model with ReFT adapters, in any wrapping.
         store: where results are kept.
+        others_use_it: whether other trainings use the store too, of whose models the keys must tell this one apart.
 
     Raises:
         PrefixReuseOff: something here makes it inexact or useless.
     """
 
-    def __init__(self, model: nn.Module, store: PrefixStore) -> None:
+    def __init__(self, model: nn.Module, store: PrefixStore, others_use_it: bool = False) -> None:
         self.model: Any = plain_model(model)
         engine = Engine.of(self.model)
         if engine is None or not engine.active_positions():
@@ -139,19 +147,40 @@ class PrefixReuse:
         at_lowest = [p.site for p in placements if p.site.layer == lowest]
         outputs_only = all(s.side == "output" and s.module_path == s.block_path for s in at_lowest)
         self.first = lowest + 1 if outputs_only else lowest
-        if not self.has_prefix and self.first / len(self.blocks) < WORTH_IT:
-            raise PrefixReuseOff(
-                f"positions {', '.join(p.text for p in self.positions)} edit from the first token on, and only "
-                f"{self.first} of {len(self.blocks)} layers lie below the first edit"
-            )
         self._as_tuple = 0
+        self._edited_at: set[int] = set()
         self._checked = False
-        self._shared = torch.empty(0, dtype=torch.long)
+        self._shared = torch.empty(0, dtype=torch.long)  # what all rows begin with and no edit touches
+        self._edited = torch.empty(0, dtype=torch.long)  # what all rows begin with, edited alike in each
+        self._identity = base_identity(self.model) if others_use_it else b""
         self._root: Tensor | None = None  # keys and values of the shared tokens, (layers, 2, 1, heads, tokens, dim)
 
-    def share(self, tokens: Tensor) -> None:
-        """Compute and store these tokens once for all examples, which must all begin with them."""
-        self._shared = tokens
+    def share_beginning_of(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Compute the tokens that all examples begin with once: for good, or once a step where edits lie in them.
+
+        Raises:
+            PrefixReuseOff: nothing worth having is constant or shared.
+        """
+        if self.has_prefix:
+            self._shared = shared_beginning(rows, self.positions)
+            return
+        if not self._drops_out():  # each row draws its own dropout
+            self._edited = shared_beginning(rows, self.positions, edited=True)
+        lengths = [len(row["input_ids"]) for row in rows if "input_ids" in row]
+        if len(self._edited):
+            self._edited_at = self._edits_in(len(self._edited), int(rows[0]["prompt_length"]), lengths[0])
+        shared = len(self._edited) * len(lengths) / max(1, sum(lengths))
+        below = self.first / len(self.blocks)
+        if 1 - (1 - below) * (1 - shared) < WORTH_IT:
+            raise PrefixReuseOff(
+                f"positions {', '.join(p.text for p in self.positions)} edit from the first token on, only "
+                f"{self.first} of {len(self.blocks)} layers lie below the first edit, and the rows begin with only "
+                f"{len(self._edited)} tokens in common"
+            )
+
+    def _drops_out(self) -> bool:
+        edits = [edit for name in self.engine.active_positions() for edit in self.engine.edits(name).values()]
+        return any(getattr(edit, "dropout", 0.0) for edit in edits)
 
     @property
     def has_prefix(self) -> bool:
@@ -196,8 +225,7 @@ class PrefixReuse:
         for row, length in enumerate(lengths):
             own = ids[row][attended[row]]
             begin = min(min(p.ordinals(length, len(own)), default=length) for p in self.positions)
-            shared = len(self._shared)
-            if begin < shared or not torch.equal(own[:shared], self._shared):
+            if begin < len(self._shared) or not self._begins_alike(own, length):
                 raise OtherBatch
             predicts = targets[row][attended[row]]
             learned = (predicts != IGNORED_LABEL).nonzero()
@@ -205,9 +233,30 @@ class PrefixReuse:
             rows.append(_Row(own[:end], length, predicts[:end], begin))
         return rows
 
+    def _begins_alike(self, ids: Tensor, prompt_length: int) -> bool:
+        """Whether a row begins with the shared tokens, edited as in the others."""
+        if not torch.equal(ids[: len(self._shared)], self._shared):
+            return False
+        edited = len(self._edited)
+        if not edited:
+            return True
+        if prompt_length <= edited or not torch.equal(ids[:edited], self._edited):
+            return False
+        return self._edits_in(edited, prompt_length, len(ids)) == self._edited_at
+
+    def _edits_in(self, tokens: int, prompt_length: int, total: int) -> set[int]:
+        """The edited ones of a row's first tokens."""
+        return {o for p in self.positions for o in p.ordinals(prompt_length, total) if o < tokens}
+
     def _reduce(self, rows: list[_Row], device: torch.device) -> Reduced:
         prefixes, tails = self._stored_or_computed(rows, device)
-        prefix, prefix_mask = self._side_by_side(prefixes, device)
+        if edited := len(self._edited):
+            prefix = self._run_edited(rows[0], tails[0][:edited], device).expand(-1, -1, len(rows), -1, -1, -1)
+            prefix_mask = torch.ones(len(rows), edited, dtype=torch.bool, device=device)
+            rows = [replace(row, begin=edited) for row in rows]
+            tails = [tail[edited:] for tail in tails]
+        else:
+            prefix, prefix_mask = self._side_by_side(prefixes, device)
         cache = build_cache(self.model.config, prefix, self.first)
         begins = torch.tensor([row.begin for row in rows], device=device)
         lengths = [len(row.ids) - row.begin for row in rows]
@@ -230,6 +279,24 @@ class PrefixReuse:
             inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
         return Reduced(inputs, self.blocks, self.first, entering, self._as_tuple)
 
+    def _run_edited(self, row: _Row, entering: Tensor, device: torch.device) -> Tensor:
+        """Keys and values of the shared and edited tokens, (layers, 2, 1, heads, tokens, dim), with gradients."""
+        cache = WholeCache(self.model.config)
+        states = None
+        if self.first == 0:
+            inputs = {"input_ids": self._edited.unsqueeze(0).to(device)}
+        else:
+            states = entering.unsqueeze(0).to(device)
+            inputs = {"inputs_embeds": states.new_zeros(1).expand_as(states)}
+        positions = torch.arange(len(self._edited), device=device).unsqueeze(0)
+        length = torch.tensor([row.prompt_length], device=device)
+        with only_blocks(self.blocks, self.first, len(self.blocks), states, True, self._as_tuple):
+            self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, prompt_lengths=length)
+        if self.first == len(self.blocks):
+            return self._no_layers(len(self._edited), device).unsqueeze(2)
+        whole: list[Any] = cache.layers[self.first :]
+        return torch.stack([torch.stack((layer.keys, layer.values)) for layer in whole])
+
     def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """Prefixes (layers, 2, heads, tokens, dim), the shared tokens before each, left-padded; and their mask."""
         shared = len(self._shared)
@@ -247,15 +314,21 @@ class PrefixReuse:
 
     # What is constant
 
+    def _scope(self, device: torch.device) -> bytes:
+        """What decides the stored tensors besides a row's tokens and its first edited one."""
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return self._identity + f"{self.first}/{len(self._shared)}/{device.type}/{autocast}/".encode()
+
     def _stored_or_computed(self, rows: list[_Row], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Each row's prefix, (layers, 2, heads, tokens after the shared ones, dim), and tail, (tokens, hidden)."""
-        found = [(self.store.get(b"p" + row.key(row.begin)), self.store.get(b"t" + row.key())) for row in rows]
+        scope = self._scope(device)
+        found = [(self.store.get(scope + row.prefix_key()), self.store.get(scope + row.tail_key())) for row in rows]
         missing = [i for i, (prefix, tail) in enumerate(found) if prefix is None or (tail is None and self.first > 0)]
         for group in _of_similar_length(missing, [len(row.ids) for row in rows]):
             for index, (kv, hidden) in zip(group, self._compute([rows[i] for i in group], device), strict=True):
                 prefix, tail = found[index] = {"kv": kv}, {"hidden": hidden}
-                self.store.put(b"p" + rows[index].key(rows[index].begin), prefix)
-                self.store.put(b"t" + rows[index].key(), tail)
+                self.store.put(scope + rows[index].prefix_key(), prefix)
+                self.store.put(scope + rows[index].tail_key(), tail)
         prefixes = [prefix["kv"] for prefix, _ in found if prefix is not None]
         return prefixes, [tail["hidden"] if tail is not None else torch.empty(0) for _, tail in found]
 

@@ -1,6 +1,7 @@
 """What was computed of each example, within a budget.
 
-Host memory first, then memory-mapped files, else computed anew.
+Host memory first, then memory-mapped files, else computed anew. One store serves one training, or several in turn
+(``ReftTrainer(..., prefix_store=store)``): keys name all that decides the tensors (see ``base_identity``).
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class PrefixStore:
     """A dictionary of tensors with a budget.
 
     Rows come round once an epoch, so throwing out the least recently used would throw out just what comes next. What is
-    stored therefore stays, and only entries that a whole pass has not asked for (rows that are no longer in the data)
-    make room for new ones. Where there is no room, a row is not stored and is computed anew each time.
+    stored therefore stays, and only entries that a whole pass has not asked for (rows that are no longer in the data,
+    other layers' of an earlier training) make room for new ones. Where there is no room, a row is not stored and is
+    computed anew each time.
 
     Args:
         memory_bytes: budget of host memory; None: a quarter of what is free now.
@@ -55,7 +57,7 @@ class PrefixStore:
         free_disk = shutil.disk_usage(tempfile.gettempdir()).free
         self.disk_budget = min(self.memory_budget, free_disk // 4) if disk_bytes is None else disk_bytes
         self.memory_used = self.disk_used = 0
-        self.hits = self.misses = self.refused = 0
+        self.hits = self.misses = self.refused = self.evicted = 0
         self.passes = 0
         self._entries: dict[bytes, Entry] = {}
         self._folder: Path | None = None
@@ -85,7 +87,9 @@ class PrefixStore:
         entry = Entry(tensors, self.passes)
         size = entry.bytes
         if self.memory_used + size > self.memory_budget:
-            self._make_room(size)
+            self._make_room(size, on_disk=False)
+        if self.memory_used + size > self.memory_budget and self.disk_used + size > self.disk_budget:
+            self._make_room(size, on_disk=True)
         if self.memory_used + size <= self.memory_budget:
             entry.tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             self.memory_used += size
@@ -97,13 +101,23 @@ class PrefixStore:
             return
         self._entries[key] = entry
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, on_disk: bool) -> None:
+        """Forget entries that were not asked for lately until `size` bytes fit, in memory or on disk."""
+        budget, used = (self.disk_budget, self.disk_used) if on_disk else (self.memory_budget, self.memory_used)
         for key, entry in list(self._entries.items()):
-            if self.memory_used + size <= self.memory_budget:
-                return
-            if entry.file is None and entry.used < self.passes - 1:
-                self.memory_used -= entry.bytes
+            if used + size <= budget:
+                break
+            if (entry.file is not None) == on_disk and entry.used < self.passes - 1:
+                used -= entry.bytes
+                self.evicted += 1
                 del self._entries[key]
+                for name in entry.tensors:
+                    if entry.file is not None:
+                        Path(f"{entry.file}-{name}").unlink(missing_ok=True)
+        if on_disk:
+            self.disk_used = used
+        else:
+            self.memory_used = used
 
     def _write(self, tensors: dict[str, Tensor]) -> tuple[Path, dict[str, Tensor]]:
         if self._folder is None:
@@ -130,14 +144,16 @@ class PrefixStore:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    def counts(self) -> dict[str, int]:
+        """How often it was asked so far, and with what result."""
+        return {"hits": self.hits, "misses": self.misses, "not_stored": self.refused, "evicted": self.evicted}
+
     def summary(self) -> dict[str, int]:
-        """Entries, bytes, hits, misses and refusals."""
+        """Entries, bytes, hits, misses, refusals and evictions."""
         return {
             "entries": len(self),
             "memory_bytes": self.memory_used,
             "memory_budget_bytes": self.memory_budget,
             "disk_bytes": self.disk_used,
-            "hits": self.hits,
-            "misses": self.misses,
-            "not_stored": self.refused,
+            **self.counts(),
         }

@@ -7,37 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reftune.errors import ReftuneError
-from reftune.positions import Positions
 from reftune.training.prefix_reuse import OtherBatch, PrefixReuse, PrefixReuseOff, Reduced
 from reftune.training.prefix_store import GIB, PrefixStore
 
 logger = logging.getLogger(__name__)
-
-
-def shared_beginning(rows: Any, positions: list[Positions]) -> Tensor:
-    """Token ids that every example begins with and no edit touches.
-
-    Args:
-        rows: examples with ``input_ids`` and ``prompt_length``; others give an empty result.
-        positions: the active positions.
-    """
-    common: list[int] | None = None
-    for row in rows:
-        ids, length = row.get("input_ids"), row.get("prompt_length")
-        if ids is None or length is None:
-            return torch.empty(0, dtype=torch.long)
-        begin = min(min(p.ordinals(int(length)), default=int(length)) for p in positions)
-        own = [int(token) for token in ids[: begin if common is None else min(begin, len(common))]]
-        common = own if common is None else common
-        same = next((i for i, (a, b) in enumerate(zip(common, own, strict=False)) if a != b), len(own))
-        common = common[:same]
-        if not common:
-            break
-    return torch.tensor(common or [], dtype=torch.long)
 
 
 class PrefixSwitch:
@@ -48,12 +24,21 @@ class PrefixSwitch:
         cache_gib: budget of host memory in GiB; None: a quarter of what is free.
         datasets: the tokenised rows that will come, for what they all begin with.
         disk: whether memory-mapped files take what memory does not.
+        store: what earlier trainings stored and later ones may use, kept open here; its own budget holds, and the two
+            arguments above have no meaning then. None: a store of this training's own.
 
     Attributes:
         status: ``"on"``, or ``"off"`` with the reason.
     """
 
-    def __init__(self, mode: str, cache_gib: float | None, datasets: list[Any], disk: bool = True) -> None:
+    def __init__(
+        self,
+        mode: str,
+        cache_gib: float | None,
+        datasets: list[Any],
+        disk: bool = True,
+        store: PrefixStore | None = None,
+    ) -> None:
         if mode not in ("auto", "on", "off"):
             raise ReftuneError(f"prefix_reuse={mode!r}: must be one of auto, on, off.")
         if cache_gib is not None and cache_gib < 0:
@@ -64,6 +49,8 @@ class PrefixSwitch:
         self._disk_bytes = None if disk else 0
         self._datasets = [rows for rows in datasets if rows is not None]
         self._reuse: PrefixReuse | None = None
+        self._shared_store = store
+        self._counted_before = store.counts() if store is not None else {}
 
     @contextmanager
     def batch(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -93,10 +80,11 @@ class PrefixSwitch:
             return None
 
     def _begin(self, model: nn.Module) -> PrefixReuse:
-        reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes))
-        if reuse.has_prefix:
-            rows = (row for dataset in self._datasets for row in dataset)
-            reuse.share(shared_beginning(rows, reuse.positions))
+        if self._shared_store is not None:
+            reuse = PrefixReuse(model, self._shared_store, others_use_it=True)
+        else:
+            reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes))
+        reuse.share_beginning_of([row for dataset in self._datasets for row in dataset])
         return reuse
 
     def switch_off(self, reason: str) -> None:
@@ -118,11 +106,14 @@ class PrefixSwitch:
             self._reuse.store.next_pass()
 
     def close(self) -> None:
-        """Give memory and files back."""
-        if self._reuse is not None:
+        """Give memory and files back, those of a shared store excepted."""
+        if self._reuse is not None and self._shared_store is None:
             self._reuse.store.close()
-            self._reuse = None
+        self._reuse = None
 
     def summary(self) -> dict[str, int]:
-        """What the store holds, for a report."""
-        return self._reuse.store.summary() if self._reuse is not None else {}
+        """What the store holds, and what this training asked of it, for a report."""
+        if self._reuse is None:
+            return {}
+        found = self._reuse.store.summary()
+        return found | {name: found[name] - before for name, before in self._counted_before.items()}

@@ -30,6 +30,7 @@ from reftune.training.checkpoints import (
 )
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.loss import completion_loss
+from reftune.training.prefix_store import PrefixStore
 from reftune.training.prefix_switch import PrefixSwitch
 from reftune.training.progress import ProgressBarCallback
 from reftune.training.prompt_ends import with_prompt_ends
@@ -61,6 +62,8 @@ class ReftTrainer(Trainer):
         model: a `PeftModel` with a ReFT adapter, or any other that Trainer takes.
         args: `ReftTrainingArguments`; plain `TrainingArguments` get the supervised logits too.
         data_collator: by default `CompletionCollator`, padding with the tokenizer's pad token on the right.
+        prefix_store: a store that several trainings in this process share, left open at the end; ``prefix_cache_gib``
+            has no meaning then. None: one of this training's own.
         **kwargs: Trainer's other arguments.
     """
 
@@ -74,6 +77,7 @@ class ReftTrainer(Trainer):
         args: Any = None,
         data_collator: Any = None,
         processing_class: Any = None,
+        prefix_store: PrefixStore | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -93,7 +97,7 @@ class ReftTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
-        self.prefixes = self._prefix_switch()
+        self.prefixes = self._prefix_switch(prefix_store)
         for callback in (_TrainBegins(self), self.throughput, self._interrupts):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -127,12 +131,13 @@ class ReftTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, found.outputs) if return_outputs else loss
 
-    def _prefix_switch(self) -> PrefixSwitch:
+    def _prefix_switch(self, store: PrefixStore | None) -> PrefixSwitch:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         switch = PrefixSwitch(
             getattr(self.args, "prefix_reuse", "auto"),
             getattr(self.args, "prefix_cache_gib", None),
             [self.train_dataset, *evaluated],
+            store=store,
         )
         if self.args.neftune_noise_alpha:
             switch.switch_off("NEFTune changes the embeddings in every step")
