@@ -1,0 +1,236 @@
+"""One run: one method with one seed, trained and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from reftune import models
+from reftune.comparison.methods import Adapted, Method, attach_method
+from reftune.comparison.peak_memory import PeakMemory
+from reftune.comparison.recipe import CompareRecipe
+from reftune.comparison.results import RunResult, data_digest, fingerprint, run_folder
+from reftune.comparison.row_losses import RowLosses, row_losses
+from reftune.config import ReftConfig
+from reftune.data.formats import Example
+from reftune.evaluation.heldout import exact_match
+from reftune.inference.generation import GenerationSettings, generate_answers
+from reftune.inference.loading import EditedModel, within_context
+from reftune.recipes import RUN_FILE, TrainRecipe
+from reftune.runs import encode_rows, read_data, training_arguments, write_text
+from reftune.training.trainer import ReftTrainer
+
+ADAPTER_FOLDER = "adapter"
+_PACKAGES = ("reftune", "torch", "transformers", "peft")
+
+Progress = Callable[[dict[str, Any]], None]
+"""Told how a run goes on: `step`, `steps`, `loss`, `held_out`, or `doing` (a word), whichever there is."""
+
+
+def execute(recipe: CompareRecipe, method: Method, seed: int, tell: Progress, *, own_process: bool) -> RunResult:
+    """Train and measure one run and write its folder, `result.json` last; **replaces what was there**.
+
+    Args:
+        recipe: the comparison.
+        method: one of its methods.
+        seed: one of its seeds.
+        tell: told how it goes on.
+        own_process: whether this process does nothing else, so that its memory is the run's.
+
+    Raises:
+        ReftuneError: anything the user can mend.
+    """
+    folder = run_folder(recipe, method, seed)
+    _clear(folder)
+    train_rows, held_out = read_data(recipe.shared)  # split by the shared seed: the same rows for every run
+    settings = replace(method.train, seed=seed, output=str(folder))
+    tell({"doing": "loading"})
+    memory = PeakMemory(own_process)
+    transformers.set_seed(seed)
+    name = settings.full_path("model")
+    base, tokenizer = models.load(name, settings.dtype, settings.device, quantization=settings.quantization)
+    adapted = attach_method(method, base, tokenizer)
+    train_set, eval_set = (encode_rows(rows, settings, tokenizer) for rows in (train_rows, held_out))
+    trainer = _ComparisonTrainer(
+        model=adapted.model,
+        args=training_arguments(
+            settings,
+            folder,
+            len(train_set),
+            False,
+            save_strategy="no",
+            disable_tqdm=True,
+            supervised_logits_only=method.kind != "prompt",  # its tokens before the row shift what the head sees
+        ),  # fmt: skip
+        train_dataset=train_set,
+        processing_class=tokenizer,
+    )
+    evaluation = _EpochEvaluation(trainer, eval_set, tokenizer, settings.batch_size, tell)
+    trainer.add_callback(evaluation)  # after the trainer's own, so that the clock has stopped
+    evaluation.measure(0.0)
+    if method.trains:
+        trainer.train()
+        report = trainer.report()
+    else:
+        report = {"epoch_seconds": [], "tokens_per_second": 0.0, "steps": 0, "prefix_reuse": "off"}
+    peak = memory.bytes()
+    losses = evaluation.measured
+    best = min(losses, key=lambda pair: pair[1].per_token)
+    parameters = [p for p in adapted.model.parameters() if p.requires_grad]
+    size = _save(adapted, settings, method, folder / ADAPTER_FOLDER, parameters)
+    trainer.prefixes.close()
+    edited = _as_edited(adapted.model, base, tokenizer, settings)
+    answers = _answers(edited, held_out, recipe, settings.batch_size, tell)
+    right = _options_right(edited, recipe, settings.batch_size, tell)
+    matches = [exact_match(answer, row.completion) for answer, row in zip(answers, held_out, strict=False)]
+    result = RunResult(
+        method=method.name,
+        seed=seed,
+        fingerprint=fingerprint(recipe, method, seed, data_digest(train_rows, held_out)),
+        settings=method.settings(),
+        loss=losses[-1][1].per_token,
+        best_loss=best[1].per_token,
+        best_epoch=best[0],
+        curve=[(epoch, found.per_token) for epoch, found in losses],
+        train_curve=[(float(e["epoch"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e],
+        row_losses=list(losses[-1][1].sums),
+        best_row_losses=list(best[1].sums),
+        row_tokens=list(best[1].tokens),
+        exact_match=sum(matches) / len(matches) if matches else None,
+        answers=answers,
+        option_accuracy=sum(right) / len(right) if right else None,
+        options_right=right,
+        trainable_parameters=sum(parameter.numel() for parameter in parameters),
+        train_seconds=float(sum(report["epoch_seconds"])),
+        epoch_seconds=[float(seconds) for seconds in report["epoch_seconds"]],
+        tokens_per_second=float(report["tokens_per_second"]),
+        steps=int(report["steps"]),
+        peak_memory_bytes=peak,
+        adapter_bytes=size,
+        order=trainer.order.hexdigest()[:16],
+        prefix_reuse=str(report["prefix_reuse"]) if method.edits else "off: not an edit alone",
+        threads=torch.get_num_threads(),
+        versions=_versions(base),
+    )
+    result.write(folder)
+    return result
+
+
+class _ComparisonTrainer(ReftTrainer):
+    """Our trainer, which also remembers which rows it met in which order."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.order = hashlib.sha256()
+        super().__init__(**kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.order.update(inputs["input_ids"].cpu().numpy().tobytes())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class _EpochEvaluation(TrainerCallback):
+    """Measures the held-out rows after each epoch and tells how training goes on.
+
+    Attributes:
+        measured: (epoch, losses) pairs.
+    """
+
+    def __init__(
+        self, trainer: _ComparisonTrainer, rows: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int,
+        tell: Progress,
+    ) -> None:  # fmt: skip
+        self.measured: list[tuple[float, RowLosses]] = []
+        self._trainer, self._rows, self._tell = trainer, rows, tell
+        self._pad: Any = tokenizer.pad_token_id
+        self._batch_size = batch_size
+        self._told = 0.0
+
+    def measure(self, epoch: float) -> None:
+        """The held-out rows as the model is now."""
+        trainer = self._trainer
+        # Before training its store is not begun: what is shared by all rows is then found from the training rows.
+        found = row_losses(trainer.model, self._rows, self._pad, self._batch_size, trainer.prefixes.batch)
+        self.measured.append((epoch, found))
+        self._tell({"held_out": found.per_token})
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.measure(float(state.epoch or 0.0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self._told > 0.2 or state.global_step == state.max_steps:
+            self._told = time.monotonic()
+            self._tell({"step": state.global_step, "steps": state.max_steps})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self._tell({"loss": float(logs["loss"])})
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _save(adapted: Adapted, settings: TrainRecipe, method: Method, folder: Path, parameters: list[Any]) -> int:
+    """Save the adapters; the bytes of their files. All the weights of a model are not saved, only counted."""
+    if not adapted.adapters:
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    for name, model in adapted.adapters.items():
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    size = sum(file.stat().st_size for kind in ("*.safetensors", "*.json") for file in folder.rglob(kind))
+    if method.edits and method.weights is None:  # `reftune chat` then knows the template
+        write_text(folder / RUN_FILE, replace(settings, output=str(folder)).to_yaml())
+    return size
+
+
+def _as_edited(model: Any, base: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainRecipe) -> EditedModel:
+    """The trained model as generation and option scoring take it."""
+    if not isinstance(model, PeftModel):  # they speak to PEFT models: an edit that is switched off changes no bit
+        model = get_peft_model(model, ReftConfig(method="lobireft", r=1, layers_to_transform=0, task_type="CAUSAL_LM"))
+        model.base_model.disable_adapter_layers()
+    model.eval()
+    return EditedModel(model, tokenizer, within_context(settings.encoding(tokenizer), base))
+
+
+def _answers(
+    edited: EditedModel, rows: list[Example], recipe: CompareRecipe, batch_size: int, tell: Progress
+) -> list[str]:
+    asked = rows if recipe.generate < 0 else rows[: recipe.generate]
+    if not asked:
+        return []
+    tell({"doing": "answering"})
+    settings = GenerationSettings(max_new_tokens=recipe.max_new_tokens, batch_size=batch_size)
+    return [answer.text for answer in generate_answers(edited, asked, settings)]
+
+
+def _options_right(edited: EditedModel, recipe: CompareRecipe, batch_size: int, tell: Progress) -> list[bool]:
+    return []
+
+
+def _versions(base: Any) -> dict[str, str]:
+    found = {name: metadata.version(name) for name in _PACKAGES}
+    device = next(base.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+    return {**found, "device": name, "dtype": str(base.dtype).removeprefix("torch.")}
