@@ -322,6 +322,7 @@ class PrefixReuse:
     def _stored_or_computed(self, rows: list[_Row], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Each row's prefix, (layers, 2, heads, tokens after the shared ones, dim), and tail, (tokens, hidden)."""
         scope = self._scope(device)
+        self._shared_root(device)  # also where another training stored everything else
         found = [(self.store.get(scope + row.prefix_key()), self.store.get(scope + row.tail_key())) for row in rows]
         missing = [i for i, (prefix, tail) in enumerate(found) if prefix is None or (tail is None and self.first > 0)]
         for group in _of_similar_length(missing, [len(row.ids) for row in rows]):
