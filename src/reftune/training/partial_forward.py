@@ -6,7 +6,7 @@ a ``with`` block. The list keeps its length and order, because models choose mas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+KeysAndValues = tuple[Float[Tensor, "batch heads tokens dim"], Float[Tensor, "batch heads tokens dim"]]
+"""What one layer's cache holds."""
 
 _HOOK_TABLES = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -96,27 +99,26 @@ def output_of(block: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def build_cache(
-    config: Any, prefix: Float[Tensor, "layers two batch heads tokens dim"], first: int
+    config: Any, prefix: Sequence[KeysAndValues], unread: Float[Tensor, "batch heads tokens dim"]
 ) -> DynamicCache | None:
     """A fresh cache that holds a prefix; a forward writes into it, so each forward takes its own.
 
     Args:
         config: the model's configuration, which says what kind of layer each is.
-        prefix: keys and values of the layers from ``first`` on (there may be no such layer).
-        first: layers below it get keys of the right length that take no memory: they never run, but a model asks the
-            first layer for the length.
+        prefix: keys and values of the topmost layers, those that run (there may be none).
+        unread: what the layers below them get: they never run, but a model asks its first layer for the length.
 
     Returns:
-        The cache, or None for an empty prefix.
+        The cache, or None where the prefix has no tokens.
     """
-    batch, heads, tokens, dim = prefix.shape[2:]
+    tokens = unread.shape[2]
     if tokens == 0:
         return None
     cache = DynamicCache(config=config)
-    unread = prefix.new_zeros(1).expand(batch, heads, tokens, dim)
+    first = len(cache.layers) - len(prefix)
     for index, layer in enumerate(cache.layers):
         assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
-        keys, values = (prefix[index - first, 0], prefix[index - first, 1]) if index >= first else (unread, unread)
+        keys, values = prefix[index - first] if index >= first else (unread, unread)
         layer.lazy_initialization(keys, values)
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = tokens

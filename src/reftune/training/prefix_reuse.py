@@ -34,6 +34,7 @@ from reftune.positions import Positions
 from reftune.training.base_identity import base_identity
 from reftune.training.loss import IGNORED_LABEL
 from reftune.training.partial_forward import (
+    KeysAndValues,
     WholeCache,
     build_cache,
     only_blocks,
@@ -251,13 +252,13 @@ class PrefixReuse:
     def _reduce(self, rows: list[_Row], device: torch.device) -> Reduced:
         prefixes, tails = self._stored_or_computed(rows, device)
         if edited := len(self._edited):
-            prefix = self._run_edited(rows[0], tails[0][:edited], device).expand(-1, -1, len(rows), -1, -1, -1)
+            prefix = self._run_edited(rows, tails[0][:edited], device)
             prefix_mask = torch.ones(len(rows), edited, dtype=torch.bool, device=device)
             rows = [replace(row, begin=edited) for row in rows]
             tails = [tail[edited:] for tail in tails]
         else:
             prefix, prefix_mask = self._side_by_side(prefixes, device)
-        cache = build_cache(self.model.config, prefix, self.first)
+        cache = build_cache(self.model.config, prefix, self._no_keys(len(rows), prefix_mask.shape[1], device))
         begins = torch.tensor([row.begin for row in rows], device=device)
         lengths = [len(row.ids) - row.begin for row in rows]
         width = max(lengths)
@@ -279,8 +280,8 @@ class PrefixReuse:
             inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
         return Reduced(inputs, self.blocks, self.first, entering, self._as_tuple)
 
-    def _run_edited(self, row: _Row, entering: Tensor, device: torch.device) -> Tensor:
-        """Keys and values of the shared and edited tokens, (layers, 2, 1, heads, tokens, dim), with gradients."""
+    def _run_edited(self, rows: list[_Row], entering: Tensor, device: torch.device) -> list[KeysAndValues]:
+        """Keys and values of the shared and edited tokens, computed once, with gradients, for all rows."""
         cache = WholeCache(self.model.config)
         states = None
         if self.first == 0:
@@ -289,15 +290,13 @@ class PrefixReuse:
             states = entering.unsqueeze(0).to(device)
             inputs = {"inputs_embeds": states.new_zeros(1).expand_as(states)}
         positions = torch.arange(len(self._edited), device=device).unsqueeze(0)
-        length = torch.tensor([row.prompt_length], device=device)
+        length = torch.tensor([rows[0].prompt_length], device=device)
         with only_blocks(self.blocks, self.first, len(self.blocks), states, True, self._as_tuple):
             self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, prompt_lengths=length)
-        if self.first == len(self.blocks):
-            return self._no_layers(len(self._edited), device).unsqueeze(2)
-        whole: list[Any] = cache.layers[self.first :]
-        return torch.stack([torch.stack((layer.keys, layer.values)) for layer in whole])
+        layers: list[Any] = cache.layers[self.first :]
+        return [tuple(x.expand(len(rows), -1, -1, -1) for x in (layer.keys, layer.values)) for layer in layers]  # type: ignore[misc]
 
-    def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[list[KeysAndValues], Tensor]:
         """Prefixes (layers, 2, heads, tokens, dim), the shared tokens before each, left-padded; and their mask."""
         shared = len(self._shared)
         longest = max(shared + prefix.shape[3] for prefix in prefixes)
@@ -310,7 +309,7 @@ class PrefixReuse:
             if self._root is not None:
                 together[:, :, row, :, start - shared : start] = self._root[self.first :, :, 0]
             mask[row, start - shared :] = True
-        return together, mask
+        return [(keys, values) for keys, values in together], mask
 
     # What is constant
 
@@ -396,11 +395,15 @@ class PrefixReuse:
 
     def _no_layers(self, tokens: int, device: torch.device) -> Tensor:
         """Keys and values where no layer needs any, or no token precedes the first edited one."""
+        like = self._no_keys(1, tokens, device)
+        return like.new_empty(len(self.blocks) - self.first, 2, *like.shape[1:])
+
+    def _no_keys(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+        """Keys of a layer that nobody reads: (batch, heads, tokens, dim), of one number's memory."""
         text = self.model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        layers = len(self.blocks) - self.first
-        return torch.empty(layers, 2, heads, tokens, dim, device=device, dtype=self.model.dtype)
+        return torch.zeros(1, device=device, dtype=self.model.dtype).expand(batch, heads, tokens, dim)
 
     @contextmanager
     def _base_alone(self) -> Iterator[None]:
