@@ -123,7 +123,7 @@ def test_a_trial_at_another_place_gets_right_gradients_from_a_filled_store(chang
         found = gradients(model, rows, store)
         assert len(found) == len(plain) > 0
         for one, other in zip(found, plain, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_of_the_same_tokens_and_other_prompt_ends_are_told_apart():
@@ -133,7 +133,7 @@ def test_rows_of_the_same_tokens_and_other_prompt_ends_are_told_apart():
     for rows in ([row], [other], [row, other]):
         plain = gradients(model, rows, None)
         for one, same in zip(gradients(model, rows, store), plain, strict=True):
-            torch.testing.assert_close(one, same, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(one, same, rtol=1e-6, atol=1e-7)
 
 
 def changed_by_one_element(model: Any) -> None:
