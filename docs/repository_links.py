@@ -1,0 +1,72 @@
+"""A hook of mkdocs: files of the repository that pages link to, such as an example, become pages of the site.
+
+In the repository a link such as `../CONTRIBUTING.md` opens the file. The site holds `docs/` alone, so here each such
+file gets a page under `repository/`, Markdown as it is and anything else as a code block, and the link leads there.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+_FENCES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add a page for each file outside `docs/` that a page links to, and for those that these link to in turn."""
+    queue = [(ROOT / "docs" / page.src_uri, page.src_uri) for page in files.documentation_pages()]
+    known: set[Path] = set()
+    while queue:
+        source, _ = queue.pop()
+        if source.suffix != ".md":
+            continue
+        for _, target, _ in _LINK.findall(source.read_text(encoding="utf-8")):
+            found = (source.parent / target).resolve()
+            if _is_outside(found) and found not in known:
+                known.add(found)
+                page = File.generated(config, _page_of(found), content=_content(found))
+                page.inclusion = page.inclusion.NOT_IN_NAV
+                files.append(page)
+                queue.append((found, page.src_uri))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Point links that leave `docs/` at those pages."""
+    here = page.file.src_uri
+    folder = ROOT / "docs" / posixpath.dirname(here)
+    if here.startswith("repository/"):
+        folder = ROOT / posixpath.dirname(here.removeprefix("repository/"))
+
+    def redirected(match: re.Match[str]) -> str:
+        text, target, anchor = match.groups()
+        found = (folder / target).resolve()
+        if found.is_file() and not _is_outside(found) and here.startswith("repository/"):
+            uri = found.relative_to(ROOT / "docs").as_posix()
+        elif _is_outside(found):
+            uri = _page_of(found)
+        else:
+            return match.group()
+        return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(here) or '.')}{anchor or ''})"
+
+    return _LINK.sub(redirected, markdown)
+
+
+def _is_outside(path: Path) -> bool:
+    return path.is_file() and path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "docs")
+
+
+def _page_of(path: Path) -> str:
+    relative = path.relative_to(ROOT).as_posix()
+    return f"repository/{relative if relative.endswith('.md') else relative + '.md'}"
+
+
+def _content(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
+    return f"# {path.relative_to(ROOT).as_posix()}\n\n````{_FENCES.get(path.suffix, 'text')}\n{text}\n````\n"

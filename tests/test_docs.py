@@ -1,0 +1,224 @@
+"""What the pages show works: Python runs, commands and recipes parse and the cheap ones run, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import reftune
+from reftune.cli import app
+from reftune.data.formats import read_examples
+from reftune.recipes import resolve_recipe
+from tests.cli.tiny_folder import write_rows
+from tests.docs_blocks import (
+    PAGES,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    commands,
+    links,
+    markdown_files,
+    name_of,
+    run_python,
+    save_stand_in,
+)
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+LANGUAGES = {"python", "sh", "yaml", "csv", "jsonl", "text"}
+
+NOT_RUN = {
+    "docs/causal/align-then-steer.md": ["target = causal.subspace_target("],
+    "docs/causal/indirect-object.md": ["first = Run("],
+    "docs/how-to/demo.md": ["reftune demo"],
+    "docs/how-to/gpu.md": [
+        "reftune train --train-file rows.csv --model smollm2 --device cuda",
+        "reftune train --train-file rows.csv --model Qwen/",
+        "accelerate launch",
+    ],
+    "docs/how-to/import-pyreft.md": ["reftune import-pyreft"],
+    "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
+    "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
+    "docs/migrating.md": ["reftune import-pyreft"],
+}
+"""How the blocks begin that are marked `<!-- not run: reason -->`; whoever marks another one lists it here."""
+
+SHORT = {
+    "train": ["--epochs", "1", "--no-tensorboard", "--device", "cpu"],
+    "generate": ["--max-new-tokens", "3", "--device", "cpu"],
+    "chat": ["--max-new-tokens", "3", "--device", "cpu"],
+    "eval": ["--max-new-tokens", "3", "--device", "cpu"],
+    "info": [],
+    "env": [],
+}
+"""The commands that are run, and what is added so that a random model does not write for minutes."""
+
+OTHER_PROGRAMS = {"hf", "accelerate"}
+"""Programs of other projects that pages name; their lines are not checked."""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stand_in(tmp_path_factory.mktemp("base") / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, stand_in: Path) -> Path:
+    """The folder that pages call `out`: a short run, with its checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reftune.models.bundled_folder", lambda: stand_in)
+        patch.chdir(folder)
+        write_rows(folder / "rows.csv")
+        result = CliRunner().invoke(
+            app, shlex.split("train --train-file rows.csv --layers 8 --rank 2 --output out") + SHORT["train"]
+        )
+        assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, trained: Path) -> Path:
+    """A folder with what the pages take for granted: rows, prompts, a recipe, a trained adapter, the bundled model."""
+    monkeypatch.setattr("reftune.models.bundled_folder", lambda: stand_in)
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.csv")
+    write_rows(tmp_path / "test.csv", count=4)
+    (tmp_path / "questions.csv").write_text("question,answer\nWho?,Me.\nWhere?,Here.\n")
+    (tmp_path / "prompts.txt").write_text("Who are you?\nWhere?\n")
+    shutil.copytree(trained, tmp_path / "out")
+    return tmp_path
+
+
+def pages_with(*languages: str) -> list[Any]:
+    return [pytest.param(page, id=name_of(page)) for page in PAGES if blocks(page, *languages)]
+
+
+@pytest.mark.parametrize("page", pages_with("python", "sh"))
+def test_what_a_page_shows_runs_from_top_to_bottom(page: Path, desk: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "page"}
+    transformers.set_seed(0)
+    for block in blocks(page, "python", "sh", "yaml"):
+        for line in commands(block) if block.language == "sh" else []:
+            _check_command(line, block.where)
+        if block.language == "yaml":  # the file that the page's commands then name
+            (desk / "recipe.yaml").write_text(block.code)
+        elif block.not_run is None and block.language == "sh":
+            _run_commands(block)
+        elif block.not_run is None:
+            if "import trl" in block.code or "from trl" in block.code:
+                pytest.importorskip("trl")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of TRL's and PEFT's; our own are errors in each module's tests
+                run_python(block, namespace)
+
+
+def _check_command(line: str, where: str) -> None:
+    program, *rest = shlex.split(line)
+    if program == "reftune":
+        name, *arguments = rest
+        assert name in COMMANDS, f"{where}: there is no `reftune {name}`"
+        COMMANDS[name].make_context(name, arguments).close()  # raises on an unknown flag or a missing argument
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{where}: no such target"
+    elif program == "python":
+        path = ROOT / (rest[1].replace(".", "/") if rest[0] == "-m" else rest[0])
+        assert any(p.exists() for p in (path, path.with_suffix(".py"))), f"{where}: {path} does not exist"
+    elif program == "pip":
+        named = re.findall(r"reftune\[(\w+)\]", line)
+        extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        assert set(named) <= set(extras), f"{where}: no such extra"
+    else:
+        assert program in OTHER_PROGRAMS, f"{where}: {program} is not a program that pages use"
+
+
+def _run_commands(block: Block) -> None:
+    for line in commands(block):
+        program, *rest = shlex.split(line)
+        if program == "reftune" and rest[0] in SHORT:
+            result = CliRunner().invoke(app, [*rest, *SHORT[rest[0]]], input="Hello\n/base\n/quit\n")
+            assert result.exit_code == 0, f"{block.where}: {line}\n{result.output}\n{result.exception!r}"
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_the_recipes_of_a_page_are_recipes(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(block.code)
+        resolve_recipe(path)
+
+
+@pytest.mark.parametrize("page", pages_with("csv", "jsonl"))
+def test_the_rows_of_a_page_are_read(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "csv", "jsonl"):
+        path = tmp_path / f"rows.{block.language}"
+        path.write_text(block.code)
+        assert read_examples(path)
+
+
+def test_blocks_that_are_not_run_are_listed_with_their_reason() -> None:
+    found = {name_of(page): [block for block in blocks(page) if block.not_run] for page in PAGES}
+    found = {name: marked for name, marked in found.items() if marked}
+    assert sorted(found) == sorted(NOT_RUN)
+    for name, marked in found.items():
+        assert len(marked) == len(NOT_RUN[name]), name
+        for block, beginning in zip(marked, NOT_RUN[name], strict=True):
+            assert beginning in block.code, block.where
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_every_block_is_of_a_language_that_is_checked(page: Path) -> None:
+    assert {block.language for block in blocks(page)} <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in markdown_files()])
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in links(page):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{name_of(page)}: {target} does not exist"
+        if anchor and found.suffix == ".md" and not anchor.startswith("reftune."):  # those are made from the code
+            assert anchor in anchors(found), f"{name_of(page)}: {target}: no such heading"
+
+
+def test_every_page_has_its_place_in_the_navigation() -> None:
+    def pages(node: Any) -> list[str]:
+        if isinstance(node, str):
+            return [node]
+        return [page for child in (node.values() if isinstance(node, dict) else node) for page in pages(child)]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES)
+
+
+def test_every_command_has_a_page() -> None:
+    shown = {shlex.split(line)[1] for page in (ROOT / "docs" / "how-to").glob("*.md")
+             for block in blocks(page, "sh") for line in commands(block) if line.startswith("reftune ")}  # fmt: skip
+    assert set(COMMANDS) - shown == set()
+
+
+def test_every_public_name_is_in_the_reference_and_the_reference_names_what_exists() -> None:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    named = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert {f"reftune.{name}" for name in reftune.__all__} <= set(named)
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
+    for members in re.findall(r"members: \[(.+?)\]", text):
+        assert members
