@@ -23,7 +23,6 @@ import reftune
 from reftune.data.collating import CompletionCollator
 from reftune.training.loss import completion_loss
 from reftune.training.prefix_switch import PrefixSwitch
-from reftune.training.supervised_logits import supervised_forward
 
 SHAPES = {
     "llama3-8b": {
@@ -63,8 +62,7 @@ def timed(model: Any, data: list[dict[str, Any]], mode: str, passes: int, device
             if mode == "lora":
                 model(**inputs).loss.backward()
             else:
-                with switch.batch(model, inputs) as arguments:
-                    result = supervised_forward(model, arguments)
+                result = switch.forward(model, inputs)
                 completion_loss(result.logits, result.targets).backward()
             model.zero_grad()
             wait()

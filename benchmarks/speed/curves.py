@@ -23,7 +23,6 @@ from reftune.data.collating import CompletionCollator  # noqa: E402
 from reftune.models import load  # noqa: E402
 from reftune.training.loss import completion_loss  # noqa: E402
 from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
-from reftune.training.supervised_logits import supervised_forward  # noqa: E402
 
 RESPONSE = 16
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -52,8 +51,7 @@ def step_seconds(model: Any, batches: list[Any], switch: PrefixSwitch, passes: i
     for turn in range(passes + 1):
         for batch in batches:
             begin = time.perf_counter()
-            with switch.batch(model, batch) as arguments:
-                found = supervised_forward(model, arguments)
+            found = switch.forward(model, batch)
             completion_loss(found.logits, found.targets).backward()
             model.zero_grad()
             if turn:

@@ -83,8 +83,7 @@ def loss_and_gradients(model: nn.Module, inputs: dict[str, Any], switch: PrefixS
     if switch is None:
         found = supervised_forward(model, inputs)
     else:
-        with switch.batch(model, inputs) as reduced:
-            found = supervised_forward(model, reduced)
+        found = switch.forward(model, inputs)
     loss = completion_loss(found.logits, found.targets)
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in parameters]
@@ -118,6 +117,25 @@ def test_loss_and_every_gradient_equal_the_plain_path(name: str, adapter: str, f
     assert switch.summary()["hits"] >= 2 * len(rows)
 
 
+@pytest.mark.parametrize("adapter", ["one layer", "shared and edited", "every token", "untied"])
+@pytest.mark.parametrize("mode", ["on", "off"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_rows_in_groups_by_length_give_the_same_loss_and_gradients(
+    name: str, mode: str, adapter: str, float64_throughout, monkeypatch
+):
+    monkeypatch.setattr("reftune.training.row_groups.ONE_MORE_FORWARD", 1)
+    rows, model, forwards = examples(8), tuned(name, **ADAPTERS[adapter]), []
+    loss, gradients = loss_and_gradients(model, batch_of(rows))
+    model.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
+    for _ in range(2):
+        forwards.clear()
+        found, same = loss_and_gradients(model, batch_of(rows), PrefixSwitch(mode, None, [rows]))
+        torch.testing.assert_close(found, loss, rtol=1e-9, atol=1e-9)
+        for one, other in zip(same, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert len(forwards) > (3 if mode == "on" else 1), "the check takes two forwards, each group one"
+
+
 @pytest.mark.parametrize(
     ("memory", "disk"),
     [(10**9, 0), (3000, 0), (3000, 10**9), (0, 10**9), (0, 0)],
@@ -130,9 +148,10 @@ def test_the_budget_changes_what_is_kept_and_not_what_is_computed(memory: int, d
     batches = [batch_of(rows[:4]), batch_of(rows[4:8]), batch_of(rows[6:])]
     for _ in range(3):
         for batch in batches:
-            with reuse.prepare(model, batch).running() as reduced:
-                found = supervised_forward(model, reduced)
             plain = supervised_forward(model, batch)
+            (whole,) = reuse.prepare(model, batch)
+            with whole.running() as reduced:
+                found = supervised_forward(model, reduced)
             torch.testing.assert_close(found.logits, plain.logits, rtol=1e-9, atol=1e-9)
         reuse.store.next_pass()
     assert reuse.store.memory_used <= memory and reuse.store.disk_used <= disk
@@ -229,8 +248,7 @@ def refusal(model: nn.Module, rows: list[dict] | None = None, **changes: Any) ->
     rows = rows or examples()
     switch = PrefixSwitch("auto", None, [rows])
     inputs = {**batch_of(rows, changes.pop("side", "right")), **changes}
-    with switch.batch(model, inputs) as given:
-        assert given is inputs
+    assert switch._try(model, inputs) is None
     return switch.status
 
 
@@ -319,8 +337,7 @@ def test_asking_for_it_where_it_is_impossible_is_an_error():
     model = tuned("bloom", positions="l1", layers_to_transform=[1])
     rows = examples()
     with pytest.raises(reftune.ReftuneError, match="prefix_reuse='on' is not possible"):
-        with PrefixSwitch("on", None, [rows]).batch(model, batch_of(rows)):
-            pass
+        PrefixSwitch("on", None, [rows]).forward(model, batch_of(rows))
     with pytest.raises(reftune.ReftuneError, match="must be one of auto, on, off"):
         PrefixSwitch("maybe", None, [])
     with pytest.raises(reftune.ReftuneError, match="prefix_cache_gib=-1"):
@@ -338,14 +355,19 @@ def test_a_batch_that_begins_otherwise_takes_the_plain_path_alone():
     assert switch.status == "on"
 
 
-def test_the_model_is_whole_again_after_a_step_and_after_an_error():
+def test_the_model_is_whole_again_after_a_step_and_after_an_error(monkeypatch):
     rows, model = examples(), tuned(positions="l1", layers_to_transform=[1])
     before = [id(module) for module in model.modules()]
     paused = copy.deepcopy([i.paused for i in model.base_model.engine.interventions.values()])
     switch = PrefixSwitch("on", None, [rows])
-    with pytest.raises(RuntimeError, match="in the middle"):
-        with switch.batch(model, batch_of(rows)):
-            raise RuntimeError("in the middle")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    switch.forward(model, batch_of(rows))
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="in the middle"):
+        patched.setattr("reftune.training.prefix_switch.supervised_forward", broken)
+        switch.forward(model, batch_of(rows))
     loss_and_gradients(model, batch_of(rows), switch)
     assert [id(module) for module in model.modules()] == before
     assert [i.paused for i in model.base_model.engine.interventions.values()] == paused

@@ -18,7 +18,6 @@ from reftune.training import PrefixStore, ReftTrainer, ReftTrainingArguments
 from reftune.training.base_identity import base_identity
 from reftune.training.loss import completion_loss
 from reftune.training.prefix_switch import PrefixSwitch
-from reftune.training.supervised_logits import supervised_forward
 
 
 def examples(count: int = 10) -> list[dict[str, Any]]:
@@ -71,8 +70,7 @@ def counts(trainer: ReftTrainer) -> tuple[int, int]:
 def gradients(model: nn.Module, rows: list[dict[str, Any]], store: PrefixStore | None) -> list[torch.Tensor]:
     model.zero_grad()
     inputs: dict[str, Any] = dict(CompletionCollator(0)(rows))
-    with PrefixSwitch("off" if store is None else "on", None, [rows], store=store).batch(model, inputs) as given:
-        found = supervised_forward(model, given)
+    found = PrefixSwitch("off" if store is None else "on", None, [rows], store=store).forward(model, inputs)
     completion_loss(found.logits, found.targets).backward()
     return [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
 

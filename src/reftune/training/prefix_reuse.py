@@ -44,6 +44,7 @@ from reftune.training.partial_forward import (
 )
 from reftune.training.prefix_obstacles import obstacle
 from reftune.training.prefix_store import PrefixStore
+from reftune.training.row_groups import length_groups, one_more_forward
 from reftune.training.shared_beginning import shared_beginning
 from reftune.training.supervised_logits import plain_model, shifted, supervised_forward
 
@@ -80,17 +81,6 @@ class _Row:
 
     def tail_key(self) -> bytes:
         return b"t%d:" % self.begin + self.ids.numpy().tobytes()
-
-
-def _of_similar_length(rows: list[int], lengths: list[int], most: float = 1.15) -> list[list[int]]:
-    """Group rows so that padding to the longest of a group costs little: its ``most`` is longest over shortest."""
-    groups: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        if groups and lengths[row] <= most * lengths[groups[-1][0]]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
 
 
 @dataclass(frozen=True)
@@ -190,7 +180,7 @@ class PrefixReuse:
 
     # A step
 
-    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> Reduced:
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Reduced]:
         """Reduce a batch to its tails; what is constant of it is taken from the store, or computed and stored.
 
         Args:
@@ -198,7 +188,7 @@ class PrefixReuse:
             inputs: input_ids, attention_mask, labels and prompt_lengths of a padded batch.
 
         Returns:
-            The reduced batch, of the same loss and gradients.
+            The reduced batch, in groups of rows of similar length: together of the same loss and gradients.
 
         Raises:
             PrefixReuseOff: batches of another kind, or logits that did not come out the same.
@@ -208,7 +198,7 @@ class PrefixReuse:
         device = inputs["input_ids"].device
         if not self._checked:
             self._check(model, inputs, rows)
-        return self._reduce(rows, device)
+        return self._reduce(rows, device, one_more_forward(self.model, device))
 
     def _rows(self, inputs: Mapping[str, Any]) -> list[_Row]:
         unknown = set(inputs) - {"input_ids", "attention_mask", "labels", "prompt_lengths"}
@@ -249,15 +239,33 @@ class PrefixReuse:
         """The edited ones of a row's first tokens."""
         return {o for p in self.positions for o in p.ordinals(prompt_length, total) if o < tokens}
 
-    def _reduce(self, rows: list[_Row], device: torch.device) -> Reduced:
+    def _reduce(self, rows: list[_Row], device: torch.device, forward_cost: int | None) -> list[Reduced]:
         prefixes, tails = self._stored_or_computed(rows, device)
-        if edited := len(self._edited):
-            prefix = self._run_edited(rows, tails[0][:edited], device)
-            prefix_mask = torch.ones(len(rows), edited, dtype=torch.bool, device=device)
+        edited, layers = len(self._edited), []
+        if edited:
+            layers = self._run_edited(rows[0].prompt_length, tails[0][:edited], device)
             rows = [replace(row, begin=edited) for row in rows]
             tails = [tail[edited:] for tail in tails]
-        else:
-            prefix, prefix_mask = self._side_by_side(prefixes, device)
+        found = []
+        for group in length_groups([len(row.ids) - row.begin for row in rows], forward_cost):
+            if edited:
+                prefix = [(k.expand(len(group), -1, -1, -1), v.expand(len(group), -1, -1, -1)) for k, v in layers]
+                prefix_mask = torch.ones(len(group), edited, dtype=torch.bool, device=device)
+            else:
+                prefix, prefix_mask = self._side_by_side([prefixes[i] for i in group], device)
+            found.append(
+                self._assemble([rows[i] for i in group], prefix, prefix_mask, [tails[i] for i in group], device)
+            )
+        return found
+
+    def _assemble(
+        self,
+        rows: list[_Row],
+        prefix: list[KeysAndValues],
+        prefix_mask: Tensor,
+        tails: list[Tensor],
+        device: torch.device,
+    ) -> Reduced:
         cache = build_cache(self.model.config, prefix, self._no_keys(len(rows), prefix_mask.shape[1], device))
         begins = torch.tensor([row.begin for row in rows], device=device)
         lengths = [len(row.ids) - row.begin for row in rows]
@@ -280,7 +288,7 @@ class PrefixReuse:
             inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
         return Reduced(inputs, self.blocks, self.first, entering, self._as_tuple)
 
-    def _run_edited(self, rows: list[_Row], entering: Tensor, device: torch.device) -> list[KeysAndValues]:
+    def _run_edited(self, prompt_length: int, entering: Tensor, device: torch.device) -> list[KeysAndValues]:
         """Keys and values of the shared and edited tokens, computed once, with gradients, for all rows."""
         cache = WholeCache(self.model.config)
         states = None
@@ -290,11 +298,11 @@ class PrefixReuse:
             states = entering.unsqueeze(0).to(device)
             inputs = {"inputs_embeds": states.new_zeros(1).expand_as(states)}
         positions = torch.arange(len(self._edited), device=device).unsqueeze(0)
-        length = torch.tensor([rows[0].prompt_length], device=device)
+        length = torch.tensor([prompt_length], device=device)
         with only_blocks(self.blocks, self.first, len(self.blocks), states, True, self._as_tuple):
             self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, prompt_lengths=length)
         layers: list[Any] = cache.layers[self.first :]
-        return [tuple(x.expand(len(rows), -1, -1, -1) for x in (layer.keys, layer.values)) for layer in layers]  # type: ignore[misc]
+        return [(layer.keys, layer.values) for layer in layers]
 
     def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[list[KeysAndValues], Tensor]:
         """Prefixes (layers, 2, heads, tokens, dim), the shared tokens before each, left-padded; and their mask."""
@@ -324,7 +332,10 @@ class PrefixReuse:
         self._shared_root(device)  # also where another training stored everything else
         found = [(self.store.get(scope + row.prefix_key()), self.store.get(scope + row.tail_key())) for row in rows]
         missing = [i for i, (prefix, tail) in enumerate(found) if prefix is None or (tail is None and self.first > 0)]
-        for group in _of_similar_length(missing, [len(row.ids) for row in rows]):
+        # On a CPU each row by itself: its bits do not depend on the rows beside it then, and a resumed run, which meets
+        # it in other company, goes on exactly. An accelerator would idle: there they are computed together.
+        groups = [[i] for i in missing] if device.type == "cpu" else [missing] if missing else []
+        for group in groups:
             for index, (kv, hidden) in zip(group, self._compute([rows[i] for i in group], device), strict=True):
                 prefix, tail = found[index] = {"kv": kv}, {"hidden": hidden}
                 self.store.put(scope + rows[index].prefix_key(), prefix)
@@ -443,7 +454,8 @@ class PrefixReuse:
                 raise PrefixReuseOff("its blocks return their output in different forms")
             self._as_tuple = forms[0]
             device = inputs["input_ids"].device
-            with self._reduce([rows[row] for row in chosen], device).running() as reduced:
+            (whole,) = self._reduce([rows[row] for row in chosen], device, None)
+            with whole.running() as reduced:
                 again = supervised_forward(model, reduced)
         finally:
             for handle in handles:

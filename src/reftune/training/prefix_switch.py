@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
 from reftune.training.prefix_reuse import OtherBatch, PrefixReuse, PrefixReuseOff, Reduced
 from reftune.training.prefix_store import GIB, PrefixStore
+from reftune.training.row_groups import one_more_forward, plain_groups
+from reftune.training.supervised_logits import SupervisedLogits, joined, plain_model, supervised_forward
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +52,29 @@ class PrefixSwitch:
         self._shared_store = store
         self._counted_before = store.counts() if store is not None else {}
 
-    @contextmanager
-    def batch(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """What the forward of this batch is to be given; it must run inside the ``with`` block.
+    def forward(self, model: nn.Module, inputs: dict[str, Any]) -> SupervisedLogits:
+        """The supervised logits of a batch, computed with as little work as is exact.
+
+        Args:
+            model: a causal language model as the trainer calls it.
+            inputs: its batch, with ``labels``.
 
         Raises:
             ReftuneError: ``mode`` is ``"on"`` and prefix reuse is not possible.
+            SupervisedLogitsError: as ``supervised_forward``.
         """
         reduced = self._try(model, inputs)
+        found = []
         if reduced is None:
-            yield inputs
-            return
-        with reduced.running() as arguments:
-            yield arguments
+            device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+            for part in plain_groups(inputs, one_more_forward(plain_model(model), device)):
+                found.append(supervised_forward(model, part))
+        for part in reduced or ():
+            with part.running() as arguments:
+                found.append(supervised_forward(model, arguments))
+        return joined(found)
 
-    def _try(self, model: nn.Module, inputs: dict[str, Any]) -> Reduced | None:
+    def _try(self, model: nn.Module, inputs: dict[str, Any]) -> list[Reduced] | None:
         if self.status != "on":
             return None
         try:

@@ -8,11 +8,12 @@ afterwards (soft-capping, scaling) still happens. No forward is replaced; the ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -154,3 +155,11 @@ def supervised_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Supervise
             f"its head ran {seen.calls} times, on a tensor of shape {seen.refused}, and the labels are {shape}"
         )
     return SupervisedLogits(logits, targets.to(logits.device).unsqueeze(0), outputs)
+
+
+def joined(parts: Sequence[SupervisedLogits]) -> SupervisedLogits:
+    """Forwards of parts of a batch as if they were one; the output is the last one's."""
+    if len(parts) == 1:
+        return parts[0]
+    logits = torch.cat([part.logits for part in parts], dim=1)
+    return SupervisedLogits(logits, torch.cat([part.targets for part in parts], dim=1), parts[-1].outputs)

@@ -38,7 +38,6 @@ from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
 from reftune.training.supervised_logits import (
     SupervisedLogitsError,
     plain_model,
-    supervised_forward,
     unsupported_reason,
 )
 from reftune.training.throughput import ThroughputCallback, peak_memory_bytes
@@ -120,8 +119,7 @@ class ReftTrainer(Trainer):
         if not self._uses_supervised_logits(model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         try:
-            with self.prefixes.batch(model, inputs) as arguments:
-                found = supervised_forward(model, arguments)
+            found = self.prefixes.forward(model, inputs)
         except SupervisedLogitsError as error:
             self._go_plain(model, str(error))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
