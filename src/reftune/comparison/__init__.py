@@ -2,7 +2,7 @@
 
 From Python:
 
-    from reftune.comparison import resolve_comparison, run_comparison
+    from reftune.comparison import resolve_comparison, run_comparison, summarise, write_report
 
     recipe = resolve_comparison("compare.yaml")      # or a mapping with the same keys, as here:
     recipe = resolve_comparison({
@@ -17,6 +17,8 @@ From Python:
     comparison.results                               # a RunResult a (method, seed)
     comparison.of("LoRA r8")[0].loss                 # held-out loss a supervised token, in nats
     comparison.of("LoRA r8")[0].row_losses           # summed over each held-out row, in the rows' order
+    summarise(comparison)                            # a MethodSummary a method: means, intervals, paired differences
+    write_report(comparison)                         # output/report.html, output/report.md, output/figures/
 
 Each run is `output/runs/<method>/seed<k>/`, with `result.json` written last: a comparison that was broken off goes on,
 and after a change to the recipe only the runs whose settings changed are run again. Runs of one seed see the same
@@ -25,14 +27,19 @@ batches in the same order (`RunResult.order` is their digest), and every method 
 """
 
 from reftune.comparison.recipe import CompareRecipe, resolve_comparison
+from reftune.comparison.report import write_report
 from reftune.comparison.results import RunResult
 from reftune.comparison.runner import Comparison, ComparisonInterrupted, run_comparison
+from reftune.comparison.summary import MethodSummary, summarise
 
 __all__ = [
     "Comparison",
     "ComparisonInterrupted",
     "CompareRecipe",
+    "MethodSummary",
     "RunResult",
     "resolve_comparison",
     "run_comparison",
+    "summarise",
+    "write_report",
 ]

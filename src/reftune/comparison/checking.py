@@ -17,6 +17,7 @@ from reftune.comparison.results import data_digest
 from reftune.data.formats import Example
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
+from reftune.evaluation.options import read_option_rows
 from reftune.inference.loading import within_context
 from reftune.runs import encode_rows, read_data
 
@@ -55,7 +56,19 @@ def check_comparison(recipe: CompareRecipe) -> Checked:
         adapted = attach_method(method, copy.deepcopy(skeleton), tokenizer)
         parameters[method.name] = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     _check_room(recipe, held_out, within_context(recipe.shared.encoding(tokenizer), skeleton))
+    _check_options(recipe)
     return Checked(train, held_out, data_digest(train, held_out), parameters)
+
+
+def _check_options(recipe: CompareRecipe) -> None:
+    if recipe.options is None:
+        return
+    rows = read_option_rows(recipe.options)
+    if not rows:
+        raise ReftuneError(f"options={recipe.options!r}: the file has no rows.")
+    for row in rows:
+        if row.answer is None:
+            raise ReftuneError(f"{row.where}: field 'answer' is missing; accuracy needs the right option of every row.")
 
 
 def _check_room(recipe: CompareRecipe, held_out: list[Example], encoding: Encoding) -> None:

@@ -142,6 +142,8 @@ def _checked(values: dict[str, Any], where: str) -> CompareRecipe:
         recipe = TrainRecipe(**{**shared, "tensorboard": False})
     except ReftuneError as error:
         raise ReftuneError(f"{where}: {error}") from None
+    if recipe.task != "completion":
+        raise ReftuneError(f"{where}: task={recipe.task!r}: completions are compared; classifiers are not.")
     if not recipe.eval_file and not recipe.eval_fraction:
         raise ReftuneError(f"{where}: methods are judged on held-out rows: give eval_file, or eval_fraction: 0.1.")
     shared["tensorboard"] = False

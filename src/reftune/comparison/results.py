@@ -43,8 +43,9 @@ class RunResult:
         row_tokens: supervised tokens of those rows.
         exact_match: share of the answered rows that equal their completion; None if none was answered.
         answers: greedy answers to the first rows.
-        option_accuracy: share of the option rows answered right by log-likelihood; None without options.
-        options_right: right or wrong, row by row; empty without options.
+        option_accuracy: share of the option rows answered right (`acc`); None without options.
+        options_right: right or wrong by norm (`acc`: the highest sum of log-likelihoods; `acc_norm`: a byte), row by
+            row; empty without options.
         trainable_parameters: their number.
         train_seconds: of training, evaluation excluded.
         epoch_seconds: the same by epoch.
@@ -54,6 +55,7 @@ class RunResult:
         adapter_bytes: of the saved adapter (of the trained parameters, for full fine-tuning, which is not saved).
         order: digest of the batches in the order in which they were trained on.
         prefix_reuse: `on`, or `off` with the reason.
+        shared_prefixes: whether it took prefixes from a store that other runs fill too, which spares it seconds.
         threads: of the CPU.
         versions: of the libraries, and the device.
     """
@@ -73,7 +75,7 @@ class RunResult:
     exact_match: float | None
     answers: list[str]
     option_accuracy: float | None
-    options_right: list[bool]
+    options_right: dict[str, list[bool]]
     trainable_parameters: int
     train_seconds: float
     epoch_seconds: list[float]
@@ -83,6 +85,7 @@ class RunResult:
     adapter_bytes: int
     order: str
     prefix_reuse: str
+    shared_prefixes: bool
     threads: int
     versions: dict[str, str]
 

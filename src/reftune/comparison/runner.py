@@ -26,6 +26,7 @@ from reftune.comparison.worker import MARK
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.runs import readable_disk_errors, write_text
+from reftune.training.prefix_store import PrefixStore
 
 LOG_FILE = "log.txt"
 
@@ -61,6 +62,7 @@ def run_comparison(
     jobs: int = 1,
     only: Sequence[str] = (),
     own_processes: bool = True,
+    share_prefixes: bool = False,
     report_only: bool = False,
     console: Console | None = None,
 ) -> Comparison:
@@ -74,6 +76,8 @@ def run_comparison(
         only: names of methods to run; the others' results are returned if they are there.
         own_processes: run each in a fresh process, so that its memory can be told; else one after another in this one,
             which spares the start (and knows edits registered here).
+        share_prefixes: in this process, let edits take what earlier ones computed of the frozen model: sooner done,
+            but their seconds are no longer those of a lone run.
         report_only: run nothing; return the results that are there.
         console: where progress goes; standard error by default.
 
@@ -85,6 +89,8 @@ def run_comparison(
         raise ReftuneError(f"jobs={jobs}: give at least 1.")
     if jobs > 1 and not own_processes:
         raise ReftuneError(f"jobs={jobs}: several runs at a time need processes of their own.")
+    if share_prefixes and own_processes:
+        raise ReftuneError("share_prefixes: prefixes are shared within one process; run in this process.")
     console = console or Console(stderr=True)
     wanted = {recipe.method(name).name for name in only} or {method.name for method in recipe.methods}
     checked = check_comparison(recipe)
@@ -100,7 +106,12 @@ def run_comparison(
             batches = math.ceil(len(checked.train) / (shared.batch_size * shared.gradient_accumulation))
             steps = math.ceil(batches * shared.epochs)
             with ComparisonProgress(len(runs), len(runs) - len(todo), steps, console) as progress:
-                new, failed = _run_all(recipe, todo, jobs, own_processes, progress)
+                store = PrefixStore() if share_prefixes else None
+                try:
+                    new, failed = _run_all(recipe, todo, jobs, own_processes, store, progress)
+                finally:
+                    if store is not None:
+                        store.close()
         done |= new
         if not new:
             raise ReftuneError(_all_failed(failed))
@@ -143,6 +154,7 @@ def _run_all(
     todo: list[tuple[Method, int]],
     jobs: int,
     own_processes: bool,
+    store: PrefixStore | None,
     progress: ComparisonProgress,
 ) -> tuple[dict[tuple[str, int], RunResult], dict[str, str]]:
     results: dict[tuple[str, int], RunResult] = {}
@@ -159,7 +171,9 @@ def _run_all(
             if own_processes:
                 result = children.run(recipe, method, seed, lambda news: progress.tell(name, news))
             else:
-                result = execute(recipe, method, seed, lambda news: progress.tell(name, news), own_process=False)
+                result = execute(
+                    recipe, method, seed, lambda news: progress.tell(name, news), own_process=False, store=store
+                )
         except ReftuneError as error:
             failed[name] = str(error)
             if not children.stopped:

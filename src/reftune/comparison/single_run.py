@@ -26,20 +26,31 @@ from reftune.comparison.row_losses import RowLosses, row_losses
 from reftune.config import ReftConfig
 from reftune.data.formats import Example
 from reftune.evaluation.heldout import exact_match
+from reftune.evaluation.options import Norm, evaluate_options, read_option_rows
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.recipes import RUN_FILE, TrainRecipe
 from reftune.runs import encode_rows, read_data, training_arguments, write_text
+from reftune.training.prefix_store import PrefixStore
 from reftune.training.trainer import ReftTrainer
 
 ADAPTER_FOLDER = "adapter"
+OPTION_NORMS: tuple[Norm, ...] = ("acc", "acc_norm")
 _PACKAGES = ("reftune", "torch", "transformers", "peft")
 
 Progress = Callable[[dict[str, Any]], None]
 """Told how a run goes on: `step`, `steps`, `loss`, `held_out`, or `doing` (a word), whichever there is."""
 
 
-def execute(recipe: CompareRecipe, method: Method, seed: int, tell: Progress, *, own_process: bool) -> RunResult:
+def execute(
+    recipe: CompareRecipe,
+    method: Method,
+    seed: int,
+    tell: Progress,
+    *,
+    own_process: bool,
+    store: PrefixStore | None = None,
+) -> RunResult:
     """Train and measure one run and write its folder, `result.json` last; **replaces what was there**.
 
     Args:
@@ -48,6 +59,7 @@ def execute(recipe: CompareRecipe, method: Method, seed: int, tell: Progress, *,
         seed: one of its seeds.
         tell: told how it goes on.
         own_process: whether this process does nothing else, so that its memory is the run's.
+        store: prefixes of earlier runs of edits on the same model in this process.
 
     Raises:
         ReftuneError: anything the user can mend.
@@ -76,6 +88,7 @@ def execute(recipe: CompareRecipe, method: Method, seed: int, tell: Progress, *,
         ),  # fmt: skip
         train_dataset=train_set,
         processing_class=tokenizer,
+        prefix_store=store if method.edits else None,
     )
     evaluation = _EpochEvaluation(trainer, eval_set, tokenizer, settings.batch_size, tell)
     trainer.add_callback(evaluation)  # after the trainer's own, so that the clock has stopped
@@ -110,7 +123,7 @@ def execute(recipe: CompareRecipe, method: Method, seed: int, tell: Progress, *,
         row_tokens=list(best[1].tokens),
         exact_match=sum(matches) / len(matches) if matches else None,
         answers=answers,
-        option_accuracy=sum(right) / len(right) if right else None,
+        option_accuracy=sum(right["acc"]) / len(right["acc"]) if right else None,
         options_right=right,
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
         train_seconds=float(sum(report["epoch_seconds"])),
@@ -120,7 +133,8 @@ def execute(recipe: CompareRecipe, method: Method, seed: int, tell: Progress, *,
         peak_memory_bytes=peak,
         adapter_bytes=size,
         order=trainer.order.hexdigest()[:16],
-        prefix_reuse=str(report["prefix_reuse"]) if method.edits else "off: not an edit alone",
+        prefix_reuse=str(report["prefix_reuse"]) if method.edits and not method.weights else "off: not an edit alone",
+        shared_prefixes=store is not None and trainer.prefixes.status == "on",
         threads=torch.get_num_threads(),
         versions=_versions(base),
     )
@@ -225,8 +239,17 @@ def _answers(
     return [answer.text for answer in generate_answers(edited, asked, settings)]
 
 
-def _options_right(edited: EditedModel, recipe: CompareRecipe, batch_size: int, tell: Progress) -> list[bool]:
-    return []
+def _options_right(
+    edited: EditedModel, recipe: CompareRecipe, batch_size: int, tell: Progress
+) -> dict[str, list[bool]]:
+    if recipe.options is None:
+        return {}
+    tell({"doing": "scoring options"})
+    rows = read_option_rows(recipe.options)
+    scores = evaluate_options(
+        edited.model, edited.tokenizer, rows, encoding=edited.encoding, batch_size=batch_size
+    )  # fmt: skip
+    return {norm: [score.right(norm) for score in scores] for norm in OPTION_NORMS}
 
 
 def _versions(base: Any) -> dict[str, str]:

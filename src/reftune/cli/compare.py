@@ -1,0 +1,96 @@
+"""`reftune compare`."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from reftune.cli.app import app
+
+
+@app.command()
+def compare(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="YAML recipe, or the folder of an earlier comparison.")
+    ],
+    train_file: Annotated[str | None, typer.Option(help="Training rows, in place of the recipe's.")] = None,
+    eval_file: Annotated[str | None, typer.Option(help="Held-out rows, in place of the recipe's.")] = None,
+    eval_fraction: Annotated[
+        float | None, typer.Option(help="Share of the training rows to hold out, 0 to 1, in place of the recipe's.")
+    ] = None,
+    limit_rows: Annotated[int | None, typer.Option(help="Only the first so many rows of each file.", min=1)] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, in place of the recipe's.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, in place of the recipe's.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the runs and the report.")] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time; above 1 they share the machine, and their seconds show it.", min=1)
+    ] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Run this method only; may be given several times.")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; write the report again.")] = False,
+    in_process: Annotated[
+        bool,
+        typer.Option(
+            "--in-process",
+            help="Run one after another in this process: starts sooner, but memory is not measured on the CPU.",
+        ),
+    ] = False,
+    share_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefixes",
+            help="Let edits use what earlier runs computed of the frozen model (implies --in-process): sooner done, "
+            "but their seconds are no longer those of a lone run.",
+        ),
+    ] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+) -> None:
+    """Train several methods on the same rows, order and budget, and write a report that compares them.
+
+    A comparison that was broken off goes on where it stopped; after a change to the recipe, only the runs whose
+    settings changed are run again.
+    """
+    from reftune.comparison import resolve_comparison, run_comparison, summarise, write_report
+    from reftune.comparison.tables import result_columns
+    from reftune.errors import ReftuneError
+
+    try:
+        numbers = None if seeds is None else [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise ReftuneError(f"--seeds {seeds}: write whole numbers, such as 0,1,2.") from None
+    flags = {
+        "train_file": train_file, "eval_file": eval_file, "eval_fraction": eval_fraction, "limit_rows": limit_rows,
+        "model": model, "epochs": epochs, "seeds": numbers, "output": output,
+    }  # fmt: skip
+    resolved = resolve_comparison(recipe, flags)
+    comparison = run_comparison(
+        resolved,
+        jobs=jobs,
+        only=only or (),
+        own_processes=not (in_process or share_prefixes),
+        share_prefixes=share_prefixes,
+        report_only=report_only,
+    )
+    page, text = write_report(comparison)
+    summaries = summarise(comparison)
+    table = Table(title=resolved.title, title_justify="left")
+    table.add_column("method")
+    columns = result_columns(resolved, summaries)
+    for column in columns:
+        table.add_column(f"{column.heading}\n({column.unit})", justify="right")
+    for index, item in enumerate(summaries):
+        cells = [f"{c.cells[index]}\n{c.notes[index]}".strip() for c in columns]
+        table.add_row(item.name, *cells, end_section=True)
+    console = Console()
+    console.print(table)
+    console.print(f"Report: {page} (and {text.name})", soft_wrap=True, highlight=False, markup=False)
+    if show:
+        webbrowser.open(page.resolve().as_uri())
+    if comparison.failed:
+        lines = [f"{run}: {why}" for run, why in comparison.failed.items()]
+        raise ReftuneError("Some runs failed; the report leaves them out.\n  " + "\n  ".join(lines))

@@ -1,0 +1,257 @@
+"""The report's pictures: quality against cost, and loss curves; as SVG that takes the page's colours, and as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from reftune.comparison.summary import MethodSummary
+
+COLOURS = ("#3b82c4", "#d97a2b", "#35996b", "#c9565e", "#8a6cc2", "#22979b", "#c063a0", "#96794c", "#6f8fa6", "#a3a02e")
+"""By method, in order; each reads on white and on near-black."""
+BASE_COLOUR = "#8a919c"
+_INK = "#010203"
+"""Stands for the text colour until the SVG is written, where it becomes the page's."""
+_SETTINGS = {
+    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK,
+    "xtick.color": _INK, "ytick.color": _INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4, "font.family": "DejaVu Sans",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture: a file name's stem, what it shows, and both renderings."""
+
+    name: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def colour_of(summaries: Sequence[MethodSummary]) -> dict[str, str]:
+    """A colour a method; the base model is grey."""
+    trained = [item.name for item in summaries if item.method.trains]
+    found = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(trained)}
+    return found | {item.name: BASE_COLOUR for item in summaries if not item.method.trains}
+
+
+def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
+    """Every picture for which there is something to draw."""
+    trained = [item for item in summaries if item.method.trains]
+    if not trained:
+        return []
+    colours, base = colour_of(summaries), next((i.loss for i in summaries if not i.method.trains), None)
+
+    def pareto(axis: str, label: str, log: bool) -> Callable[[Axes], None]:
+        return lambda axes: _pareto(axes, trained, colours, base, axis, label, log)
+
+    bars = "Points are means over seeds, bars the lowest and the highest seed; the line joins the frontier."
+    return [
+        _picture(
+            "loss-by-parameters", f"Held-out loss against trained parameters. {bars}",
+            pareto("parameters", "trained parameters", True),
+        ),
+        _picture(
+            "loss-by-seconds", f"Held-out loss against seconds of training. {bars}",
+            pareto("seconds", "seconds of training", False),
+        ),
+        _picture(
+            "held-out-loss", "Held-out loss after each epoch; the band reaches from the lowest to the highest seed.",
+            lambda axes: _held_out(axes, trained, colours, base),
+        ),
+        _picture(
+            "training-loss", "Training loss, smoothed, mean over seeds.",
+            lambda axes: _training(axes, trained, colours),
+        ),
+    ]  # fmt: skip
+
+
+def _picture(name: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
+    def figure(ink: str) -> Figure:
+        made = Figure(figsize=(5.4, 3.9), layout="constrained")
+        axes = made.subplots()
+        axes.grid(True, color=ink, alpha=0.1, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        return made
+
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        made, text = figure(_INK), io.StringIO()
+        FigureCanvasSVG(made)
+        draw(made.axes[0])
+        nothing: Any = {"Creator": None, "Date": None, "Format": None, "Type": None}
+        made.savefig(text, format="svg", transparent=True, metadata=nothing)
+    paper = {key: "#1f2430" if value == _INK else value for key, value in _SETTINGS.items()}
+    with matplotlib.rc_context(paper):
+        made, image = figure("#1f2430"), io.BytesIO()
+        FigureCanvasAgg(made)
+        draw(made.axes[0])
+        made.savefig(image, format="png", dpi=160)
+    return Picture(name, caption, _inline(text.getvalue(), name), image.getvalue())
+
+
+def _inline(svg: str, name: str) -> str:
+    """The SVG as it stands in a page: no prologue, no addresses, identifiers of its own, the page's ink and font."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(?<=\bid=")|(?<=href="#)|(?<=url\(#)', f"{name}-", svg)
+    svg = re.sub(r"(font:[^;\"]*?)'DejaVu Sans'(, [^;\"]*)?", r"\1system-ui, sans-serif", svg)
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*pt"', r"\1", svg)
+    svg = re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg)
+    return svg.replace(_INK, "currentColor").strip()
+
+
+def _limits(axes: Axes, values: Sequence[float], base: float | None) -> None:
+    """Room for the methods; the base model's line is drawn where it does not push them together."""
+    low, high = min(values), max(values)
+    span = max(high - low, 1e-3 * max(abs(high), 1e-6))
+    near = base is not None and low - 0.6 * span <= base <= high + 0.6 * span
+    if near and base is not None:
+        low, high = min(low, base), max(high, base)
+        axes.axhline(base, color=BASE_COLOUR, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            "base model", (1, base), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
+            ha="right", va="bottom", fontsize=8, color=BASE_COLOUR,
+        )  # fmt: skip
+    axes.set_ylim(low - 0.14 * span, high + 0.14 * span)
+    if base is not None and not near:
+        axes.annotate(
+            f"base model: {base:.3f}", (1, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
+            ha="right", va="bottom", fontsize=8, color=BASE_COLOUR,
+        )  # fmt: skip
+
+
+def _pareto(
+    axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: float | None, axis: str, label: str,
+    log: bool,
+) -> None:  # fmt: skip
+    costs = [float(getattr(item, axis)) for item in items]
+    _limits(axes, [v for item in items for v in (item.seed_range.low, item.seed_range.high)], base)
+    if log:
+        axes.set_xscale("log")
+        low, high = math.log10(max(min(costs), 1)), math.log10(max(costs))
+        pad = max(0.1 * (high - low), 0.15)
+        axes.set_xlim(10 ** (low - pad), 10 ** (high + 2.2 * pad))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if high - low < 1:
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+    else:
+        span = max(max(costs) - min(costs), 0.2 * max(costs), 1e-9)
+        axes.set_xlim(max(0.0, min(costs) - 0.12 * span), max(costs) + 0.3 * span)
+    steps = sorted(((c, i.loss) for c, i in zip(costs, items, strict=True) if axis in i.frontier))
+    axes.plot(*zip(*steps, strict=True), color=BASE_COLOUR, linewidth=1, alpha=0.6, zorder=1)
+    for cost, item in zip(costs, items, strict=True):
+        colour, seeds = colours[item.name], item.seed_range
+        axes.plot([cost, cost], [seeds.low, seeds.high], color=colour, linewidth=1.4, alpha=0.7, zorder=2)
+        axes.plot([cost], [item.loss], marker="o", markersize=6.5, color=colour, zorder=3)
+    axes.set_xlabel(label)
+    axes.set_ylabel("held-out loss (nats a token)")
+    _label_points(axes, [(c, i.loss) for c, i in zip(costs, items, strict=True)], items, colours)
+
+
+def _label_points(
+    axes: Axes, points: Sequence[tuple[float, float]], items: Sequence[MethodSummary], colours: dict[str, str]
+) -> None:
+    """Write each name beside its point, where it covers no other name or point and stays inside."""
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what was measured stays where it is
+    scale = figure.dpi / 72
+    taken = [axes.transData.transform(point) for point in points]
+    boxes: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in taken]
+    inside = axes.get_window_extent()
+    offsets = [
+        (sign * dx, dy, "left" if sign > 0 else "right")
+        for dy in (0, 9, -9, 18, -18, 28, -28)
+        for sign in (1, -1)
+        for dx in ((8,) if abs(dy) < 12 else (3,))
+    ]
+    for (x, y), item in zip(taken, items, strict=True):
+        width, height = 5.4 * scale * len(item.name), 11 * scale
+        best: tuple[float, tuple[float, float, str], tuple[float, float, float, float]] | None = None
+        for dx, dy, side in offsets:
+            left = x + dx * scale - (width if side == "right" else 0)
+            bottom = y + dy * scale - height / 2
+            box = (left, bottom, left + width, bottom + height)
+            cost = sum(_overlap(box, other) for other in boxes) + abs(dy) * 0.1
+            cost += 1e3 * (box[0] < inside.x0 or box[2] > inside.x1 + 8 or box[1] < inside.y0 or box[3] > inside.y1)
+            if best is None or cost < best[0]:
+                best = (cost, (dx, dy, side), box)
+        assert best is not None
+        _, (dx, dy, side), box = best
+        boxes.append(box)
+        axes.annotate(
+            item.name, axes.transData.inverted().transform((x, y)), xytext=(dx, dy), textcoords="offset points",
+            ha=side, va="center", fontsize=9, color=colours[item.name],
+        )  # fmt: skip
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def _held_out(axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: float | None) -> None:
+    curves = {item.name: item.curve() for item in items}
+    if max(len(curve) for curve in curves.values()) > 2:  # the base model's loss would press the rest together
+        curves = {name: curve[1:] for name, curve in curves.items()}
+    _limits(axes, [v for curve in curves.values() for point in curve for v in point[2:]], base)
+    for name, curve in curves.items():
+        epochs, means, low, high = (list(values) for values in zip(*curve, strict=True))
+        axes.fill_between(epochs, low, high, color=colours[name], alpha=0.15, linewidth=0)
+        axes.plot(epochs, means, color=colours[name], linewidth=1.7, marker="o", markersize=3.5, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("held-out loss (nats a token)")
+    _legend(axes)
+
+
+def _training(axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str]) -> None:
+    for item in items:
+        curve = item.train_curve()
+        if not curve:
+            continue
+        epochs, losses = zip(*curve, strict=True)
+        axes.plot(epochs, _smoothed(losses), color=colours[item.name], linewidth=1.5, label=item.name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss (nats a token)")
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    figure: Any = axes.figure
+    handles, names = axes.get_legend_handles_labels()
+    widest = max(len(name) for name in names)
+    columns = max(1, min(len(names), 4, int(76 / (widest + 6))))
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, handlelength=1.4,
+        columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    width = max(1, len(values) // 20)
+    windows = [values[max(0, index - width) : index + width + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

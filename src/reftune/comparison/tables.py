@@ -1,0 +1,232 @@
+"""The report's tables and sentences, as text: HTML and Markdown show the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reftune.comparison.recipe import CompareRecipe
+from reftune.comparison.summary import SIGNIFICANT, MethodSummary
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, its unit (under the heading), and a cell a method; a cell's second line is `notes`."""
+
+    heading: str
+    unit: str
+    cells: list[str]
+    notes: list[str]
+    best: int | None = None
+
+
+def result_columns(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[Column]:
+    """Quality and cost of each method."""
+    losses = [item.loss for item in summaries]
+    several = any(len(item.results) > 1 for item in summaries)
+    columns = [
+        Column(
+            "Held-out loss", "nats a token",
+            [f"{item.loss:.4f}" for item in summaries],
+            [f"{item.interval.low:.3f} to {item.interval.high:.3f}" for item in summaries],
+            losses.index(min(losses)),
+        ),
+    ]  # fmt: skip
+    if several:
+        columns.append(
+            Column(
+                "Seeds", "lowest to highest",
+                [_range(item) for item in summaries],
+                [f"{len(item.results)} seed{'s' * (len(item.results) != 1)}" for item in summaries],
+            )
+        )  # fmt: skip
+    columns.append(
+        Column(
+            f"Against {recipe.reference}", "difference in loss",
+            [_difference(item) for item in summaries],
+            [_sureness(item) for item in summaries],
+        )
+    )  # fmt: skip
+    if any(item.exact_match is not None for item in summaries):
+        columns.append(_plain("Exact match", "of answers", [_share(item.exact_match) for item in summaries]))
+    for norm, unit in (("acc", "sum of log-likelihoods"), ("acc_norm", "a byte")):
+        if any(item.options for item in summaries):
+            notes = [
+                f"{item.options_interval.low:.1%} to {item.options_interval.high:.1%}"
+                if norm == "acc" and item.options_interval
+                else ""
+                for item in summaries
+            ]
+            columns.append(Column("Options right", unit, [_share(item.options.get(norm)) for item in summaries], notes))
+    columns += [
+        _plain("Parameters", "trained", [f"{item.parameters:,}" for item in summaries]),
+        Column(
+            "Training", "seconds",
+            [f"{item.seconds:,.1f}" if item.method.trains else "–" for item in summaries],
+            [f"{item.epoch_seconds:,.2f} an epoch" if item.method.trains else "" for item in summaries],
+        ),
+    ]  # fmt: skip
+    if any(item.memory is not None for item in summaries):
+        columns.append(_plain("Peak memory", "beyond the libraries", [size_text(item.memory) for item in summaries]))
+    columns.append(_plain("Adapter", "on disk", [_adapter(item) for item in summaries]))
+    return columns
+
+
+def settings_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, str, str, str]]:
+    """Name, kind, settings, and whether prefixes were reused, of each method."""
+    return [
+        (item.name, item.method.kind, item.method.summary() or "–", _reuse(item.results[0].prefix_reuse))
+        for item in summaries
+    ]
+
+
+def verdict(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[str]:
+    """The outcome in sentences."""
+    trained = [item for item in summaries if item.method.trains]
+    if not trained:
+        return ["Nothing was trained."]
+    best = min(trained, key=lambda item: item.loss)
+    sentences = [f"{best.name} has the lowest held-out loss, {best.loss:.4f} nats a token."]
+    reference = next((item for item in summaries if item.name == recipe.reference), None)
+    if reference is None:
+        return sentences
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "like": []}
+    for item in trained:
+        if item.difference is not None:
+            mean, sure = item.difference.mean, item.difference.p_value < SIGNIFICANT
+            group = "like" if not sure else "better" if mean < 0 else "worse"
+            by = f"by {abs(mean):.3f}, " if sure else ""
+            groups[group].append(f"{item.name} ({by}{_parameters(item, reference)}{_times(item, reference)})")
+    for group, words in (
+        ("better", f"Better than {reference.name}"),
+        ("like", f"Not told apart from {reference.name} on these rows"),
+        ("worse", f"Worse than {reference.name}"),
+    ):
+        if groups[group]:
+            sentences.append(f"{words}: {'; '.join(groups[group])}.")
+    return sentences
+
+
+def _parameters(item: MethodSummary, reference: MethodSummary) -> str:
+    if not reference.parameters or not item.parameters:
+        return f"{item.parameters:,} parameters"
+    ratio = item.parameters / reference.parameters
+    if 0.95 < ratio < 1.05:
+        return "as many parameters"
+    return f"1/{1 / ratio:,.2g} of the parameters" if ratio < 1 else f"{ratio:,.2g} times the parameters"
+
+
+def _times(item: MethodSummary, reference: MethodSummary) -> str:
+    if not item.seconds or not reference.seconds:
+        return ""
+    return f", {item.seconds / reference.seconds:.2f} of the time"
+
+
+def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[str]:
+    """What was the same for all methods, and how each figure was made."""
+    results = [result for item in summaries if item.method.trains for result in item.results]
+    orders: dict[int, set[str]] = {}
+    for result in results:
+        orders.setdefault(result.seed, set()).add(result.order)
+    same = all(len(found) == 1 for found in orders.values())
+    rows = len(summaries[0].results[0].row_tokens)
+    lines = [
+        f"Data: {recipe.shared.train_file}; {rows} held-out rows, the same for every run, "
+        f"{sum(summaries[0].results[0].row_tokens):,} supervised tokens.",
+        f"Budget: {recipe.shared.epochs:g} epochs of batches of {recipe.shared.batch_size}"
+        f"{_accumulated(recipe)}, {results[0].steps if results else 0:,} optimiser steps, for every method.",
+        "Order: runs of one seed met the same batches in the same order (their digests are equal)."
+        if same
+        else "Order: NOT every run of one seed met the same batches in the same order.",
+        "Loss: every method, LoRA included, was trained with the same loss: cross-entropy of the completion's tokens "
+        "(and of the token that ends it), computed at those positions.",
+        f"Judged by the held-out loss {'after the last epoch' if recipe.judge_by == 'final' else 'of the best epoch'}. "
+        "The mean is over seeds; the interval is a 95% bootstrap over held-out rows.",
+        "Differences are paired by row, on losses averaged over the seeds: their interval and p value (permutation "
+        "test) speak of other rows from the same source, not of other seeds.",
+        "Learning rates are as the recipe sets them: a method whose rate was not searched may do better with another.",
+        "Seconds are of training alone; loading, evaluation and saving are not counted. What prefix reuse spares is in "
+        "them, and its first computation too.",
+    ]
+    return [*lines, *_memory_line(summaries), *_reuse_lines(summaries)]
+
+
+def _accumulated(recipe: CompareRecipe) -> str:
+    times = recipe.shared.gradient_accumulation
+    return f" by {times} accumulated" if times > 1 else ""
+
+
+def _memory_line(summaries: Sequence[MethodSummary]) -> list[str]:
+    if all(item.memory is None for item in summaries):
+        return ["Peak memory was not measured: the runs shared a process."]
+    return [
+        "Peak memory is the largest of the seeds: tensors on the GPU; on the CPU what the run's own process held "
+        "beyond the libraries, the model included."
+    ]
+
+
+def _reuse_lines(summaries: Sequence[MethodSummary]) -> list[str]:
+    threads = {result.threads for item in summaries for result in item.results}
+    lines = [f"CPU threads a run: {', '.join(map(str, sorted(threads)))}."]
+    if any(result.shared_prefixes for item in summaries for result in item.results):
+        lines.append(
+            "Some edits took prefixes from a store that earlier runs had filled: their seconds are less than those of "
+            "a lone run."
+        )
+    return lines
+
+
+def size_text(size: int | None) -> str:
+    """Bytes as people read them, in powers of 1,024."""
+    if size is None:
+        return "–"
+    if size < 1024:
+        return f"{size} B"
+    value, units = size / 1024, ["KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} {units[0]}" if value >= 100 else f"{value:.1f} {units[0]}"
+
+
+def p_text(p: float) -> str:
+    """A p value in two digits."""
+    return "0.0001" if p < 0.00015 else f"{p:.2g}"
+
+
+def _p_sign(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p_text(p)}"
+
+
+def _plain(heading: str, unit: str, cells: list[str]) -> Column:
+    return Column(heading, unit, cells, [""] * len(cells))
+
+
+def _range(item: MethodSummary) -> str:
+    if len(item.results) < 2:
+        return "–"
+    return f"{item.seed_range.low:.3f} to {item.seed_range.high:.3f}"
+
+
+def _difference(item: MethodSummary) -> str:
+    return "–" if item.difference is None else f"{item.difference.mean:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _sureness(item: MethodSummary) -> str:
+    if item.difference is None:
+        return "reference"
+    word = "" if item.difference.p_value < SIGNIFICANT else ", not told apart"
+    return f"p {_p_sign(item.difference.p_value)}{word}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _adapter(item: MethodSummary) -> str:
+    if not item.method.trains:
+        return "–"
+    return size_text(item.adapter_bytes) + (" (not saved)" if item.method.kind == "full" else "")
+
+
+def _reuse(status: str) -> str:
+    return "on" if status == "on" else "–" if status.startswith("off: not an edit") or status == "off" else status
