@@ -114,4 +114,15 @@ def main() -> None:
 
 
 # Each module adds its command to `app`.
-from reftune.cli import chat, demo, env, evaluate, generate, import_pyreft, info, lm_eval, train  # noqa: E402, F401
+from reftune.cli import (  # noqa: E402, F401
+    chat,
+    compare,
+    demo,
+    env,
+    evaluate,
+    generate,
+    import_pyreft,
+    info,
+    lm_eval,
+    train,
+)
