@@ -48,6 +48,7 @@ NOT_RUN = {
         "accelerate launch",
     ],
     "docs/how-to/import-pyreft.md": ["reftune import-pyreft"],
+    "docs/how-to/lm-eval.md": ["reftune lm-eval"],
     "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
     "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
     "docs/migrating.md": ["reftune import-pyreft"],
