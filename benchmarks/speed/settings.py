@@ -43,6 +43,7 @@ SYSTEMS = {
     "lora-supervised": "PEFT LoRA with our supervised-only logits",
     "adapters": "adapters 1.3.0 LoReFT (own environment)",
     "floor": "floor: base forward, activation gradients backward",
+    "floor-grouped": "the same floor, rows grouped by length",
 }
 
 

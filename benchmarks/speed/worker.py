@@ -24,7 +24,8 @@ from reftune.models import load  # noqa: E402
 from reftune.training import ReftTrainer, ReftTrainingArguments  # noqa: E402
 from reftune.training.loss import completion_loss  # noqa: E402
 from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
-from reftune.training.supervised_logits import supervised_forward  # noqa: E402
+from reftune.training.row_groups import ONE_MORE_FORWARD, plain_groups  # noqa: E402
+from reftune.training.supervised_logits import joined, supervised_forward  # noqa: E402
 
 
 class EpochClock(TrainerCallback):
@@ -92,17 +93,23 @@ def batches(task: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     return [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def floor(task: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """Base forward and activation-gradient backward of the frozen model, logits at supervised positions only."""
+def floor(task: dict[str, Any], epochs: int, grouped: bool) -> dict[str, Any]:
+    """Base forward and activation-gradient backward of the frozen model, logits at supervised positions only.
+
+    Batches run as they come, padded, as every other system takes them; or ``grouped`` by length as reftune does.
+    """
     model, _ = load("smollm2")
     model.train().requires_grad_(False)
     embed, seconds = model.get_input_embeddings(), []
     for _ in range(epochs):
         begin = time.perf_counter()
         for batch in batches(task):
-            inputs = {name: value for name, value in batch.items() if name != "prompt_lengths"}
-            entering = embed(inputs.pop("input_ids")).requires_grad_(True)
-            found = supervised_forward(model, {**inputs, "inputs_embeds": entering})
+            parts = []
+            for part in plain_groups(batch, ONE_MORE_FORWARD) if grouped else [batch]:
+                inputs = {name: value for name, value in part.items() if name != "prompt_lengths"}
+                entering = embed(inputs.pop("input_ids")).requires_grad_(True)
+                parts.append(supervised_forward(model, {**inputs, "inputs_embeds": entering}))
+            found = joined(parts)
             completion_loss(found.logits, found.targets).backward()
         seconds.append(time.perf_counter() - begin)
     return {"epoch_seconds": seconds}
@@ -147,8 +154,8 @@ def main() -> None:
     cache = float(sys.argv[4]) if len(sys.argv) > 4 else None
     torch.set_num_threads(2)
     task = json.loads(path.read_text())
-    if system == "floor":
-        found = floor(task, epochs)
+    if system.startswith("floor"):
+        found = floor(task, epochs, system == "floor-grouped")
     elif system == "reuse-floor":
         found = reuse_floor(task, epochs)
     else:
