@@ -42,7 +42,10 @@ from reftune.runs import (
 )
 from reftune.training.trainer import ReftTrainer
 
-_NO_PREFIXES = "a classifier reads whole rows; an encoder attends in both directions, so that one edit changes every token above it"
+_NO_PREFIXES = (
+    "a classifier has no completion to reuse a prompt for, and an encoder attends in both directions, so that an edit "
+    "changes every token above it"
+)
 _PEFTS_OWN = ("classifier", "score")  # PEFT saves these of every classifier by itself
 
 

@@ -223,6 +223,8 @@ class TrainRecipe:
             if getattr(self, name):
                 way_out = "leave it out" if classifies else "set task: classification"
                 raise ReftuneError(f"{name}={getattr(self, name)!r} has no meaning for task={self.task!r}: {way_out}.")
+        if classifies and self.prefix_reuse == "on":
+            raise ReftuneError("prefix_reuse='on' is not possible for a classifier: use 'auto' or 'off'.")
         if self.glue and self.labels:
             raise ReftuneError(f"labels={self.labels!r}: glue={self.glue!r} has its own; leave one of the two out.")
         numbers = not GLUE[self.glue].labels if self.glue else self.labels == NUMBER if self.labels else None

@@ -124,5 +124,6 @@ from reftune.cli import (  # noqa: E402, F401
     import_pyreft,
     info,
     lm_eval,
+    predict,
     train,
 )

@@ -11,6 +11,7 @@ import numpy as np
 from reftune.data.classification import LabelScheme
 from reftune.data.formats import LabelledText
 from reftune.data.glue import GLUE
+from reftune.errors import ReftuneError
 from reftune.evaluation.classification_metrics import (
     CLASS_METRICS,
     COMBINED,
@@ -19,7 +20,6 @@ from reftune.evaluation.classification_metrics import (
     Metric,
     combined,
 )
-from reftune.errors import ReftuneError
 from reftune.evaluation.intervals import Interval, bootstrap_interval
 from reftune.inference.classifying import EditedClassifier, class_scores
 

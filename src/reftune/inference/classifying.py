@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +134,7 @@ def load_classifier(
 
 
 def describe_labels(model: Any, scheme: LabelScheme) -> None:
-    """Write the classes, and the loss that belongs to them, into a base model's configuration. **Changes it.**"""
+    """Write the classes, and the loss that belongs to them, into a base model's configuration; **changes it**."""
     names = scheme.names or ("LABEL_0",)
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: number for number, name in enumerate(names)}
@@ -194,8 +197,8 @@ def _recorded_scheme(folder: Path, recorded: dict[str, Any]) -> LabelScheme:
     scheme = LabelScheme(() if labels == NUMBER else tuple(map(str, labels)))
     if scheme.outputs != outputs:
         raise ReftuneError(
-            f"{folder}: run.yaml names {scheme.outputs} classes and the saved head has {outputs} outputs: the two files "
-            "are not of one run."
+            f"{folder}: run.yaml names {scheme.outputs} classes and the saved head has {outputs} outputs: the two "
+            "files are not of one run."
         )
     return scheme
 
@@ -209,3 +212,33 @@ def _saved_outputs(folder: Path) -> int:
                 if name.endswith("." + ending):
                     return int(tensors.get_slice(name).get_shape()[0])
     raise ReftuneError(f"{path} holds no classifier head ({', '.join(_HEADS)}); the adapter must be trained again.")
+
+
+def training_columns(folder: str | Path) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """The columns that a classifier was trained on, as `read_texts` takes them: a mapping, and a GLUE task's names."""
+    recorded = recorded_run(Path(folder).expanduser())
+    columns = recorded.get("columns")
+    task = GLUE.get(recorded.get("glue") or "")
+    return (columns if isinstance(columns, dict) else None), (task.columns if task else ())
+
+
+def as_jsonl(rows: Sequence[LabelledText], found: Sequence[Prediction]) -> str:
+    """One object a row: its texts, label, probability, and the probability of every class."""
+    lines = []
+    for row, prediction in zip(rows, found, strict=True):
+        texts = {"text": row.text} if row.text_pair is None else {"text": row.text, "text_pair": row.text_pair}
+        lines.append(json.dumps({**texts, **prediction.as_dict()}, ensure_ascii=False))
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[LabelledText], found: Sequence[Prediction]) -> str:
+    """The same without the probabilities of the other classes."""
+    pairs = any(row.text_pair is not None for row in rows)
+    numbers = any(prediction.probability is None for prediction in found)
+    header = ["text", *(["text_pair"] if pairs else []), "label", *([] if numbers else ["probability"])]
+    written = io.StringIO()
+    table = csv.DictWriter(written, header, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    for row, prediction in zip(rows, found, strict=True):
+        table.writerow({"text": row.text, "text_pair": row.text_pair or "", **prediction.as_dict()})
+    return written.getvalue()
