@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from reftune.evaluation.task_report import TaskReport
+    from reftune.evaluation.task_runs import Metric
     from reftune.runs import TrainedRun
 
 
@@ -61,3 +63,36 @@ def side_by_side(
                     cell.append(" [in style]", "green")
         table.add_row(Text(prompt.strip()), *cells)
     return table
+
+
+def task_table(report: TaskReport) -> Table:
+    """Accuracy with its 95% interval by task, the models side by side, and how sure their difference is."""
+    models = report.models
+    table = Table(title="Accuracy, % (95% interval)", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    for name in models:
+        table.add_column(name, justify="right")
+    if len(models) == 2:
+        table.add_column("difference", justify="right")
+        table.add_column("p", justify="right", no_wrap=True)
+    for task, found in report.scores.items():
+        first = found[models[0]]
+        if not first.metrics:
+            table.add_row(task, str(len(first.records)), *("answers written" for _ in models))
+        for metric, _ in first.metrics.items():
+            label = task if metric == "accuracy" else f"{task}, {metric}"
+            cells = [_share(found[model].metrics[metric]) for model in models]
+            if (gap := report.difference(task, metric)) is not None:
+                span = f"({100 * gap.interval.low:+.1f} to {100 * gap.interval.high:+.1f})"
+                cells += [f"{100 * gap.mean:+.1f} {span}", f"{gap.p_value:.2g}"]
+            table.add_row(label, str(len(first.records)), *cells)
+    for group, means in report.averages().items():
+        cells = [f"{100 * means[model]:.1f}" for model in models]
+        gap_text = [f"{100 * (means['edited'] - means['base']):+.1f}"] if len(models) == 2 else []
+        table.add_row(f"{group}, mean", "", *cells, *gap_text, style="bold")
+    return table
+
+
+def _share(metric: Metric) -> str:
+    return f"{100 * metric.value:.1f} ({100 * metric.interval.low:.1f} to {100 * metric.interval.high:.1f})"

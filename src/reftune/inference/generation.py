@@ -26,6 +26,8 @@ class GenerationSettings:
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_p: sample from the likeliest tokens that make up this share.
         repetition_penalty: above 1 makes tokens already written less likely.
+        top_k: sample from so many of the likeliest tokens; 0 from all.
+        no_repeat_ngram: no run of so many tokens is written twice; 0 as the model's own settings say.
         batch_size: prompts a forward pass.
         seed: of the sampling.
     """
@@ -36,11 +38,16 @@ class GenerationSettings:
     repetition_penalty: float = 1.0
     batch_size: int = 8
     seed: int = 0
+    top_k: int = 0
+    no_repeat_ngram: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("top_k", "no_repeat_ngram"):
+            if getattr(self, name) < 0:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1; 0 switches it off.")
         if self.temperature < 0:
             raise ReftuneError(f"temperature={self.temperature}: 0 is greedy, above 0 samples.")
         if not 0 < self.top_p <= 1:
@@ -103,8 +110,10 @@ def generation_config(edited: EditedModel, settings: GenerationSettings) -> Gene
     config.do_sample = sampled
     config.temperature = settings.temperature if sampled else None
     config.top_p = settings.top_p if sampled else None
-    config.top_k = None
+    config.top_k = settings.top_k or None if sampled else None
     config.repetition_penalty = settings.repetition_penalty
+    if settings.no_repeat_ngram:
+        config.no_repeat_ngram_size = settings.no_repeat_ngram
     config.max_new_tokens = settings.max_new_tokens
     config.max_length = None
     config.eos_token_id = stop_tokens(edited)
