@@ -25,7 +25,7 @@ from reftune.training import ReftTrainer, ReftTrainingArguments  # noqa: E402
 from reftune.training.loss import completion_loss  # noqa: E402
 from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
 from reftune.training.row_groups import ONE_MORE_FORWARD, plain_groups  # noqa: E402
-from reftune.training.supervised_logits import joined, supervised_forward  # noqa: E402
+from reftune.training.supervised_logits import supervised_forward  # noqa: E402
 
 
 class EpochClock(TrainerCallback):
@@ -104,13 +104,15 @@ def floor(task: dict[str, Any], epochs: int, grouped: bool) -> dict[str, Any]:
     for _ in range(epochs):
         begin = time.perf_counter()
         for batch in batches(task):
-            parts = []
-            for part in plain_groups(batch, ONE_MORE_FORWARD) if grouped else [batch]:
+            parts, groups = [], plain_groups(batch, ONE_MORE_FORWARD if grouped else None)
+            for _, part in groups if grouped else [([], batch)]:
                 inputs = {name: value for name, value in part.items() if name != "prompt_lengths"}
                 entering = embed(inputs.pop("input_ids")).requires_grad_(True)
                 parts.append(supervised_forward(model, {**inputs, "inputs_embeds": entering}))
-            found = joined(parts)
-            completion_loss(found.logits, found.targets).backward()
+            logits, targets = (
+                torch.cat(tensors, dim=1) for tensors in zip(*((p.logits, p.targets) for p in parts), strict=True)
+            )
+            completion_loss(logits, targets).backward()
         seconds.append(time.perf_counter() - begin)
     return {"epoch_seconds": seconds}
 

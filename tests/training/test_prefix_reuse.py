@@ -126,6 +126,11 @@ def test_rows_in_groups_by_length_give_the_same_loss_and_gradients(
     monkeypatch.setattr("reftune.training.row_groups.ONE_MORE_FORWARD", 1)
     rows, model, forwards = examples(8), tuned(name, **ADAPTERS[adapter]), []
     loss, gradients = loss_and_gradients(model, batch_of(rows))
+    whole = supervised_forward(model, batch_of(rows))
+    parts = PrefixSwitch(mode, None, [rows]).forward(model, batch_of(rows))
+    for row in range(len(rows)):
+        torch.testing.assert_close(parts.logits[0, parts.rows == row], whole.logits[0, whole.rows == row])
+        assert torch.equal(parts.targets[0, parts.rows == row], whole.targets[0, whole.rows == row])
     model.get_base_model().register_forward_hook(lambda *_: forwards.append(1))
     for _ in range(2):
         forwards.clear()

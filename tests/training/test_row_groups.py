@@ -46,7 +46,8 @@ def batch(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_rows_are_cut_after_the_last_token_that_predicts():
-    short, long = plain_groups(batch(), 1)
+    (one, short), (other, long) = plain_groups(batch(), 1)
+    assert (one, other) == ([0], [1])
     assert short["input_ids"].tolist() == [[1, 2]] and short["shift_labels"].tolist() == [[-100, 3]]
     assert long["input_ids"].tolist() == [[7, 8, 9, 10]] and long["shift_labels"].tolist() == [[-100, -100, 10, 11]]
     assert short["prompt_lengths"].tolist() == [2] and long["attention_mask"].all()
@@ -56,5 +57,5 @@ def test_batches_that_are_not_rows_padded_on_the_right_stay_whole():
     left = batch(attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]))
     packed = batch(position_ids=torch.zeros(2, 6, dtype=torch.long))
     for inputs in (left, packed):
-        (found,) = plain_groups(inputs, 1)
-        assert found is inputs
+        ((members, found),) = plain_groups(inputs, 1)
+        assert found is inputs and members == [0, 1]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from reftune.data.collating import CompletionCollator
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.supervised_logits import (
+    SupervisedLogits,
     SupervisedLogitsError,
     shifted,
     supervised_forward,
@@ -22,8 +22,8 @@ from reftune.training.supervised_logits import (
     unsupported_reason,
 )
 
-Reducing = Callable[[Any, dict[str, Any]], AbstractContextManager[dict[str, Any]]]
-"""What prefix reuse makes of a batch: the arguments of a forward that gives the same logits."""
+Forward = Callable[[Any, dict[str, Any]], SupervisedLogits]
+"""Gives the supervised logits of a batch, as `supervised_forward` does."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RowLosses:
 
 @torch.no_grad()
 def row_losses(
-    model: Any, encoded: Any, pad_token_id: int, batch_size: int, reducing: Reducing | None = None
+    model: Any, encoded: Any, pad_token_id: int, batch_size: int, forward: Forward = supervised_forward
 ) -> RowLosses:
     """The loss of each encoded row, in their order; the model is in evaluation mode meanwhile.
 
@@ -55,7 +55,7 @@ def row_losses(
         encoded: rows of `encode_dataset`.
         pad_token_id: the tokenizer's.
         batch_size: rows of one forward pass.
-        reducing: a trainer's `prefixes.batch`, to take from its store what the edit leaves alone.
+        forward: a trainer's `prefixes.forward` takes from its store what the edit leaves alone.
     """
     collate = CompletionCollator(pad_token_id)
     was_training = model.training
@@ -69,12 +69,11 @@ def row_losses(
             indices = by_length[start : start + batch_size]
             batch = collate([encoded[index] for index in indices])
             inputs = with_prompt_ends(model, {name: value.to(device) for name, value in batch.items()})
-            with reducing(model, inputs) if reducing is not None else nullcontext(inputs) as arguments:
-                try:
-                    found = None if every_logit else _supervised(model, arguments)
-                except SupervisedLogitsError:  # prompt tuning puts tokens before the row
-                    found, every_logit = None, True
-                losses, counts = found if found is not None else _whole(model, arguments)
+            try:
+                found = None if every_logit else forward(model, inputs)
+            except SupervisedLogitsError:  # prompt tuning puts tokens before the row
+                found, every_logit = None, True
+            losses, counts = _by_row(found if found is not None else _whole(model, inputs), len(indices))
             for index, loss, count in zip(indices, losses.tolist(), counts.tolist(), strict=True):
                 sums[index], tokens[index] = float(loss), int(count)
     finally:
@@ -82,30 +81,19 @@ def row_losses(
     return RowLosses(tuple(sums), tuple(tokens))
 
 
-def _supervised(model: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    found = supervised_forward(model, arguments)
-    return _by_row(found.logits[0], found.targets[0], _following(arguments))
-
-
-def _whole(model: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    following = _following(arguments)
-    outputs = model(**{name: value for name, value in arguments.items() if name not in ("labels", "shift_labels")})
+def _whole(model: Any, inputs: Mapping[str, Any]) -> SupervisedLogits:
+    """The same from every logit."""
+    following = shifted(inputs["labels"])
+    outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
     logits = outputs.logits[:, -following.shape[1] :]  # virtual tokens stand before the row
     rows, targets = supervised_rows(following)
-    return _by_row(logits.flatten(0, 1).index_select(0, rows), targets, following)
+    chosen = logits.flatten(0, 1).index_select(0, rows).unsqueeze(0)
+    return SupervisedLogits(chosen, targets.unsqueeze(0), rows // following.shape[1], outputs)
 
 
-def _following(arguments: Mapping[str, Any]) -> Int[Tensor, "batch sequence"]:
-    """What each token is to predict, -100 where nothing."""
-    return arguments["shift_labels"] if "shift_labels" in arguments else shifted(arguments["labels"])
-
-
-def _by_row(
-    logits: Float[Tensor, "supervised vocab"], targets: Int[Tensor, " supervised"], following: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums and counts of the rows of a batch, from logits at their supervised positions in order."""
-    flat, _ = supervised_rows(following)
-    row = (flat // following.shape[1]).to(logits.device)
-    loss = functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none").double()
-    zeros = torch.zeros(len(following), dtype=torch.float64, device=logits.device)
-    return zeros.index_add(0, row, loss), zeros.index_add(0, row, torch.ones_like(loss))
+def _by_row(found: SupervisedLogits, count: int) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Sums and counts of the rows of a batch."""
+    loss = functional.cross_entropy(found.logits[0].float(), found.targets[0], reduction="none").double()
+    zeros = torch.zeros(count, dtype=torch.float64, device=loss.device)
+    rows = found.rows.to(loss.device)
+    return zeros.index_add(0, rows, loss), zeros.index_add(0, rows, torch.ones_like(loss))

@@ -175,7 +175,7 @@ class _EpochEvaluation(TrainerCallback):
         """The held-out rows as the model is now."""
         trainer = self._trainer
         # Before training its store is not begun: what is shared by all rows is then found from the training rows.
-        found = row_losses(trainer.model, self._rows, self._pad, self._batch_size, trainer.prefixes.batch)
+        found = row_losses(trainer.model, self._rows, self._pad, self._batch_size, trainer.prefixes.forward)
         self.measured.append((epoch, found))
         self._tell({"held_out": found.per_token})
 

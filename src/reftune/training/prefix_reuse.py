@@ -85,13 +85,15 @@ class _Row:
 
 @dataclass(frozen=True)
 class Reduced:
-    """A batch without what is constant of it.
+    """Rows of a batch without what is constant of them.
 
     Attributes:
+        members: which rows of the batch.
         inputs: the model's arguments and the ``shift_labels`` of the tails.
         blocks, first, entering, as_tuple: as ``only_blocks`` takes them.
     """
 
+    members: list[int]
     inputs: dict[str, Any]
     blocks: Any
     first: int
@@ -250,22 +252,21 @@ class PrefixReuse:
         for group in length_groups([len(row.ids) - row.begin for row in rows], forward_cost):
             if edited:
                 prefix = [(k.expand(len(group), -1, -1, -1), v.expand(len(group), -1, -1, -1)) for k, v in layers]
-                prefix_mask = torch.ones(len(group), edited, dtype=torch.bool, device=device)
+                mask = torch.ones(len(group), edited, dtype=torch.bool, device=device)
             else:
-                prefix, prefix_mask = self._side_by_side([prefixes[i] for i in group], device)
-            found.append(
-                self._assemble([rows[i] for i in group], prefix, prefix_mask, [tails[i] for i in group], device)
-            )
+                prefix, mask = self._side_by_side([prefixes[i] for i in group], device)
+            found.append(self._assemble(group, [rows[i] for i in group], prefix, mask, [tails[i] for i in group]))
         return found
 
     def _assemble(
         self,
+        members: list[int],
         rows: list[_Row],
         prefix: list[KeysAndValues],
         prefix_mask: Tensor,
         tails: list[Tensor],
-        device: torch.device,
     ) -> Reduced:
+        device = prefix_mask.device
         cache = build_cache(self.model.config, prefix, self._no_keys(len(rows), prefix_mask.shape[1], device))
         begins = torch.tensor([row.begin for row in rows], device=device)
         lengths = [len(row.ids) - row.begin for row in rows]
@@ -286,7 +287,7 @@ class PrefixReuse:
         else:
             entering = right_padded(tails).to(device)
             inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
-        return Reduced(inputs, self.blocks, self.first, entering, self._as_tuple)
+        return Reduced(members, inputs, self.blocks, self.first, entering, self._as_tuple)
 
     def _run_edited(self, prompt_length: int, entering: Tensor, device: torch.device) -> list[KeysAndValues]:
         """Keys and values of the shared and edited tokens, computed once, with gradients, for all rows."""

@@ -64,15 +64,15 @@ class PrefixSwitch:
             SupervisedLogitsError: as ``supervised_forward``.
         """
         reduced = self._try(model, inputs)
-        found = []
-        if reduced is None:
-            device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-            for part in plain_groups(inputs, one_more_forward(plain_model(model), device)):
-                found.append(supervised_forward(model, part))
-        for part in reduced or ():
-            with part.running() as arguments:
-                found.append(supervised_forward(model, arguments))
-        return joined(found)
+        if reduced is not None:
+            found = []
+            for part in reduced:
+                with part.running() as arguments:
+                    found.append(supervised_forward(model, arguments))
+            return joined(found, [part.members for part in reduced])
+        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
+        groups = plain_groups(inputs, one_more_forward(plain_model(model), device))
+        return joined([supervised_forward(model, part) for _, part in groups], [members for members, _ in groups])
 
     def _try(self, model: nn.Module, inputs: dict[str, Any]) -> list[Reduced] | None:
         if self.status != "on":

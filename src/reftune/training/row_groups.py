@@ -56,29 +56,32 @@ def length_groups(lengths: Sequence[int], forward_cost: int | None) -> list[list
     return groups[::-1]
 
 
-def plain_groups(inputs: Mapping[str, Any], forward_cost: int | None) -> list[Mapping[str, Any]]:
+def plain_groups(inputs: Mapping[str, Any], forward_cost: int | None) -> list[tuple[list[int], Mapping[str, Any]]]:
     """A batch as groups of its rows, each cut after the last token that predicts something.
 
     Args:
         inputs: what a causal language model takes; a batch that is not rows padded on the right stays whole.
         forward_cost: as in ``length_groups``.
+
+    Returns:
+        Of each group, its rows in the batch, and its inputs.
     """
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
     rows_alone = set(inputs) <= PLAIN_INPUTS and isinstance(mask, Tensor) and isinstance(labels, Tensor)
     if not rows_alone or "prompt_lengths" not in inputs or mask.ndim != 2:  # type: ignore[union-attr]
-        return [inputs]
+        return [(list(range(len(labels))) if isinstance(labels, Tensor) else [], inputs)]
     assert isinstance(mask, Tensor) and isinstance(labels, Tensor)
     kept = mask != 0
     if not bool((kept[:, :-1] >= kept[:, 1:]).all()):
-        return [inputs]
+        return [(list(range(len(labels))), inputs)]
     targets = shifted(labels)
     columns = torch.arange(1, targets.shape[1] + 1, device=targets.device)
     lengths = ((targets != IGNORED_LABEL) * columns).amax(dim=1).clamp(min=1).tolist()
-    found: list[Mapping[str, Any]] = []
+    found: list[tuple[list[int], Mapping[str, Any]]] = []
     for rows in length_groups(lengths, forward_cost):
         width = max(lengths[row] for row in rows)
         part: dict[str, Any] = {name: inputs[name][rows] for name in inputs if name != "labels"}
         part |= {name: part[name][:, :width] for name in ("input_ids", "attention_mask")}
         part["shift_labels"] = targets[rows, :width]
-        found.append(part)
+        found.append((rows, part))
     return found

@@ -28,10 +28,11 @@ class SupervisedLogitsError(RuntimeError):
 
 @dataclass
 class SupervisedLogits:
-    """What one forward gave: the scores, what they should have predicted, and the model's own output."""
+    """What one forward gave: scores, what they should have predicted, whose they are, and the model's own output."""
 
     logits: Float[Tensor, "1 supervised vocab"]
     targets: Int[Tensor, "1 supervised"]
+    rows: Int[Tensor, " supervised"]
     outputs: Any
 
 
@@ -135,7 +136,7 @@ def supervised_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Supervise
             ``shift_labels``, which say at each token what it is to predict (the name that transformers gives them).
 
     Returns:
-        Logits (1, supervised, vocabulary), targets (1, supervised), and the model's output.
+        Logits (1, supervised, vocabulary), targets (1, supervised), the batch row of each, and the model's output.
 
     Raises:
         SupervisedLogitsError: the head saw something else than one (batch, sequence, hidden) tensor, so that its rows
@@ -154,12 +155,20 @@ def supervised_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Supervise
         raise SupervisedLogitsError(
             f"its head ran {seen.calls} times, on a tensor of shape {seen.refused}, and the labels are {shape}"
         )
-    return SupervisedLogits(logits, targets.to(logits.device).unsqueeze(0), outputs)
+    return SupervisedLogits(logits, targets.to(logits.device).unsqueeze(0), rows // shape[1], outputs)
 
 
-def joined(parts: Sequence[SupervisedLogits]) -> SupervisedLogits:
-    """Forwards of parts of a batch as if they were one; the output is the last one's."""
-    if len(parts) == 1:
-        return parts[0]
-    logits = torch.cat([part.logits for part in parts], dim=1)
-    return SupervisedLogits(logits, torch.cat([part.targets for part in parts], dim=1), parts[-1].outputs)
+def joined(parts: Sequence[SupervisedLogits], members: Sequence[Sequence[int]]) -> SupervisedLogits:
+    """Forwards of parts of a batch as if they were one.
+
+    Args:
+        parts: what they gave.
+        members: of each part, the rows of the batch that it is made of.
+
+    Returns:
+        Logits, targets and rows one part after another, and the last one's output.
+    """
+    rows = [torch.tensor(own, device=part.rows.device)[part.rows] for own, part in zip(members, parts, strict=True)]
+    logits = torch.cat([part.logits for part in parts], dim=1) if len(parts) > 1 else parts[0].logits
+    targets = torch.cat([part.targets for part in parts], dim=1)
+    return SupervisedLogits(logits, targets, torch.cat(rows), parts[-1].outputs)
