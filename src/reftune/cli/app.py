@@ -125,5 +125,6 @@ from reftune.cli import (  # noqa: E402, F401
     info,
     lm_eval,
     predict,
+    sweep,
     train,
 )

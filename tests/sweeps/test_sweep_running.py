@@ -1,0 +1,174 @@
+"""Sweeps on a tiny model: resumable, pruned, reproducible, and with one prefix store."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import reftune
+from reftune.cli import app
+from reftune.recipes import resolve_recipe
+from reftune.runs import run_training
+from reftune.sweeps import SweepInterrupted, resolve_sweep, run_sweep
+from reftune.sweeps.trial_runs import TrialRunner
+from tests.cli.tiny_folder import save_tiny_model, write_rows
+
+SEARCH: dict[str, Any] = {"rank": [1, 2], "layers": [1, "all"], "lr": {"low": 1e-4, "high": 1e-1, "log": True}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny: Path) -> Path:
+    """A sweep of four trials, one after the other written into `out`."""
+    return written(tmp_path, tiny)
+
+
+def written(folder: Path, tiny: Path, **changes: Any) -> Path:
+    rows, held_out = write_rows(folder / "rows.csv"), write_rows(folder / "held_out.csv", 3)
+    values = {
+        "train_file": str(rows), "eval_file": str(held_out), "model": str(tiny), "device": "cpu", "epochs": 2,
+        "batch_size": 4, "positions": "l1", "seed": 3, "output": str(folder / "out"), "trials": 4, "search": SEARCH,
+    }  # fmt: skip
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def swept(path: Path, more: int | None = None, **flags: Any):
+    return run_sweep(resolve_sweep(path, flags), more=more)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "trials.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def break_off_in_trial(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C in the middle of the training of a trial, counted from 0."""
+    trained, begun = TrialRunner.trained, []
+
+    def breaking(self: TrialRunner, recipe: Any, watch: Any) -> Any:
+        begun.append(recipe)
+        if len(begun) == number + 1:
+            step = watch._on_step
+
+            def interrupt(done: int, total: int) -> None:
+                step(done, total)
+                if done == 4:
+                    raise KeyboardInterrupt
+
+            watch._on_step = interrupt
+        return trained(self, recipe, watch)
+
+    monkeypatch.setattr(TrialRunner, "trained", breaking)
+
+
+def test_a_sweep_leaves_what_was_promised_and_its_best_recipe_trains_to_the_same_loss(recipe: Path, tmp_path: Path):
+    result = swept(recipe)
+    folder = tmp_path / "out"
+    assert [trial.state for trial in result.trials] == ["complete"] * 4 and result.best is not None
+    assert {path.name for path in folder.iterdir()} == {
+        "study.jsonl", "trials.csv", "best.yaml", "best", "SWEEP.md", "history.png", "importance.json", "importance.png"
+    }  # fmt: skip
+    losses = [float(row["eval_loss"]) for row in table(folder)]
+    assert min(losses) == result.best.value and len(set(losses)) == 4
+    shares = json.loads((folder / "importance.json").read_text())["importance"]
+    assert shares.keys() == SEARCH.keys() and sum(shares.values()) == pytest.approx(1)
+    assert f"**{result.best.value:.4f}**" in (folder / "SWEEP.md").read_text()
+
+    kept = json.loads((folder / "best" / "metrics.json").read_text())
+    assert (kept["trial"], kept["eval_loss"]) == (result.best.number, result.best.value)
+    again = run_training(resolve_recipe(folder / "best.yaml", {"output": str(tmp_path / "again")}))
+    assert again.metrics["eval_loss"] == pytest.approx(result.best.value, abs=1e-5)
+    loaded = reftune.load(folder / "best", device="cpu")
+    assert loaded.generate(["say 3"], max_new_tokens=2)
+
+
+def test_trials_share_what_prefix_reuse_computed(recipe: Path, tmp_path: Path):
+    swept(recipe)
+    seen: set[str] = set()
+    for row in table(tmp_path / "out"):
+        assert row["prefix_reuse"] == "on" and int(row["prefix_hits"]) > 0
+        assert (int(row["prefix_misses"]) == 0) == (row["layers"] in seen), (
+            "computed by the first trial of a layer alone"
+        )
+        seen.add(row["layers"])
+    assert seen
+
+
+def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_trials(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        break_off_in_trial(patch, 1)
+        with pytest.raises(SweepInterrupted, match="1 trial. Go on with the same command: reftune sweep"):
+            swept(recipe)
+    assert len(table(tmp_path / "out")) == 1 and (tmp_path / "out" / "best.yaml").is_file()
+    first = table(tmp_path / "out")[0]
+    result = swept(recipe)
+    assert len(result.trials) == 4 and all(trial.state == "complete" for trial in result.trials)
+    rows = table(tmp_path / "out")
+    assert rows[0] == first, "what was saved is not trained again"
+    assert len({(row["rank"], row["layers"], row["lr"]) for row in rows}) == 4
+    assert len(swept(recipe).trials) == 4, "a finished sweep has nothing more to do"
+    assert len(swept(recipe, more=1).trials) == 5
+
+
+def test_another_recipe_in_the_same_folder_is_refused_until_it_is_overwritten(recipe: Path, tmp_path: Path, tiny: Path):
+    swept(recipe, trials=1)
+    with pytest.raises(reftune.ReftuneError, match="holds a sweep with batch_size=4, and this one has 2"):
+        swept(recipe, batch_size=2)
+    with pytest.raises(reftune.ReftuneError, match="holds a sweep with search="):
+        swept(written(tmp_path, tiny, search={"rank": [1, 2]}))
+    (tmp_path / "rows.csv").write_text("prompt,completion\nother,rows\n")
+    with pytest.raises(reftune.ReftuneError, match="holds a sweep with"):
+        swept(recipe)
+    assert len(swept(recipe, trials=1, overwrite=True).trials) == 1
+
+
+def test_bad_trials_are_stopped_early(tmp_path: Path, tiny: Path):
+    path = written(tmp_path, tiny, search={"lr": [1e-2, 2e-2, 3e-2, 4e-2, 1e-9, 2e-9]}, epochs=3, trials=6)
+    result = swept(path, sampler="random")
+    assert len({trial.settings["lr"] for trial in result.trials}) == 6, "no setting is trained twice"
+    pruned = [trial for trial in result.trials if trial.state == "pruned"]
+    assert pruned and all(len(trial.epochs) < 3 for trial in pruned)
+    whole = [trial for trial in result.trials if trial.state == "complete"]
+    assert all(len(trial.epochs) == 3 for trial in whole)
+    unpruned = swept(path, sampler="random", pruner="none", overwrite=True)
+    assert all(trial.state == "complete" for trial in unpruned.trials)
+
+
+def test_a_small_space_is_searched_once_and_ends_there(tmp_path: Path, tiny: Path):
+    result = swept(written(tmp_path, tiny, search={"rank": [1, 2]}, trials=9, epochs=1))
+    assert sorted(trial.settings["rank"] for trial in result.trials) == [1, 2]
+
+
+def test_a_choice_that_the_model_does_not_have_is_told_before_any_training(tmp_path: Path, tiny: Path):
+    with pytest.raises(reftune.ReftuneError, match=r"search.layers: \[0, 7\]: .*2 layers"):
+        swept(written(tmp_path, tiny, search={"layers": ["all", [0, 7]]}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_time_that_is_up_ends_the_sweep(recipe: Path):
+    assert len(swept(recipe, timeout=1e-9).trials) == 0
+
+
+def test_the_command_line_tells_each_trial_and_the_best(recipe: Path, tmp_path: Path):
+    result = CliRunner().invoke(app, ["sweep", str(recipe), "--trials", "2", "--epochs", "1"])
+    assert result.exit_code == 0, result.output
+    assert "The best of 2 trials" in result.stdout and "reftune chat" in result.stdout
+    assert result.stderr.count("best ") == 2 and "rank=" in result.stderr
+    missing = CliRunner().invoke(app, ["sweep", str(tmp_path / "none.yaml")])
+    assert missing.exit_code == 2 and "there is no such file" in missing.stderr
+    help_text = CliRunner().invoke(app, ["sweep", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "--trials" in help_text and "default: 30" in help_text and "--more" in help_text and "MINUTES" in help_text
