@@ -16,19 +16,30 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 _IGNORED = {".venv", "site", "out", "outputs", "runs", "node_modules", "demo-output", ".pytest_cache", "build", "dist"}
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,})(?P<language>[\w-]*)(?P<rest>[^`\n]*)$")
-_NOT_RUN = re.compile(r"^ *<!-- not run: (?P<reason>.+) -->$")
+_NOTE = re.compile(r"^ *<!-- (?P<about>not run|recipe|file): (?P<text>.+) -->$")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it begins (its fence's line), its language, its text, and why it is not run, if so."""
+    """A fenced block.
+
+    Attributes:
+        page, line: where its fence stands.
+        language: behind the fence.
+        code: its text.
+        notes: what the comment above it says: `not run` and why, the kind of `recipe`, the `file` that commands name.
+    """
 
     page: Path
     line: int
     language: str
     code: str
-    not_run: str | None
+    notes: dict[str, str]
+
+    @property
+    def not_run(self) -> str | None:
+        return self.notes.get("not run")
 
     @property
     def where(self) -> str:
@@ -58,10 +69,11 @@ def blocks(page: Path, *languages: str) -> list[Block]:
         closing = re.compile(rf"^ *{opened['marks']} *$")
         end = next((i for i in range(index + 1, len(lines)) if closing.match(lines[i])), None)
         assert end is not None, f"{name_of(page)}:{index + 1}: the block is not closed"
-        marked = _NOT_RUN.match(lines[index - 1]) if index else None
+        noted = _NOTE.match(lines[index - 1]) if index else None
+        notes = {noted["about"]: noted["text"]} if noted else {}
         indent = len(opened["indent"])
         code = "\n".join(line[indent:] if not line[:indent].strip() else line for line in lines[index + 1 : end])
-        found.append(Block(page, index + 1, opened["language"], code + "\n", marked["reason"] if marked else None))
+        found.append(Block(page, index + 1, opened["language"], code + "\n", notes))
         index = end + 1
     return [block for block in found if not languages or block.language in languages]
 

@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 import reftune
 from reftune.cli import app
+from reftune.comparison import resolve_comparison
 from reftune.data.formats import read_examples
 from reftune.recipes import resolve_recipe
+from reftune.sweeps import resolve_sweep
 from tests.cli.tiny_folder import write_rows
 from tests.docs_blocks import (
     PAGES,
@@ -41,6 +43,8 @@ LANGUAGES = {"python", "sh", "yaml", "csv", "jsonl", "text"}
 NOT_RUN = {
     "docs/causal/align-then-steer.md": ["target = causal.subspace_target("],
     "docs/causal/indirect-object.md": ["first = Run("],
+    "docs/how-to/compare.md": ["reftune compare"],
+    "docs/how-to/eval.md": ["reftune eval out --task arc_easy"],
     "docs/how-to/demo.md": ["reftune demo"],
     "docs/how-to/gpu.md": [
         "reftune train --train-file rows.csv --model smollm2 --device cuda",
@@ -49,7 +53,10 @@ NOT_RUN = {
     ],
     "docs/how-to/import-pyreft.md": ["reftune import-pyreft"],
     "docs/how-to/lm-eval.md": ["reftune lm-eval"],
+    "docs/how-to/predict.md": ["reftune train recipe.yaml"],
+    "docs/how-to/recipes.md": ["reftune train recipes/paper/"],
     "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
+    "docs/how-to/sweep.md": ["reftune sweep"],
     "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
     "docs/migrating.md": ["reftune import-pyreft"],
 }
@@ -64,6 +71,9 @@ SHORT = {
     "env": [],
 }
 """The commands that are run, and what is added so that a random model does not write for minutes."""
+
+RECIPES: dict[str, Any] = {"training": resolve_recipe, "comparison": resolve_comparison, "sweep": resolve_sweep}
+"""How a recipe is read, by what the comment above it calls it."""
 
 OTHER_PROGRAMS = {"hf", "accelerate"}
 """Programs of other projects that pages name; their lines are not checked."""
@@ -110,19 +120,28 @@ def pages_with(*languages: str) -> list[Any]:
 def test_what_a_page_shows_runs_from_top_to_bottom(page: Path, desk: Path) -> None:
     namespace: dict[str, object] = {"__name__": "page"}
     transformers.set_seed(0)
-    for block in blocks(page, "python", "sh", "yaml"):
+    for block in blocks(page):
         for line in commands(block) if block.language == "sh" else []:
             _check_command(line, block.where)
-        if block.language == "yaml":  # the file that the page's commands then name
-            (desk / "recipe.yaml").write_text(block.code)
+        if block.language == "yaml" or "file" in block.notes:  # a file that the page's commands name
+            (desk / block.notes.get("file", "recipe.yaml")).write_text(block.code)
         elif block.not_run is None and block.language == "sh":
             _run_commands(block)
-        elif block.not_run is None:
+        elif block.not_run is None and block.language == "python":
             if "import trl" in block.code or "from trl" in block.code:
                 pytest.importorskip("trl")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of TRL's and PEFT's; our own are errors in each module's tests
                 run_python(block, namespace)
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_commands_inside_a_sentence_exist(page: Path) -> None:
+    for line in re.findall(r"`(reftune [a-z][^`\n]*)`", page.read_text()):
+        if len(shlex.split(line)) > 2:
+            _check_command(line, name_of(page))
+        else:
+            assert line.removeprefix("reftune ") in {*COMMANDS, "COMMAND"}, f"{name_of(page)}: `{line}`"
 
 
 def _check_command(line: str, where: str) -> None:
@@ -157,12 +176,14 @@ def test_the_recipes_of_a_page_are_recipes(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         path = tmp_path / "recipe.yaml"
         path.write_text(block.code)
-        resolve_recipe(path)
+        RECIPES[block.notes.get("recipe", "training")](path)
 
 
 @pytest.mark.parametrize("page", pages_with("csv", "jsonl"))
 def test_the_rows_of_a_page_are_read(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "csv", "jsonl"):
+        if "file" in block.notes:
+            continue  # the page's commands read it
         path = tmp_path / f"rows.{block.language}"
         path.write_text(block.code)
         assert read_examples(path)
