@@ -24,7 +24,8 @@ def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Mean F1 over the classes that are there or are predicted."""
-    return float(np.mean([_f1_of(name, predicted, labels) for name in np.unique(np.concatenate([predicted, labels]))]))
+    classes = np.unique(np.concatenate([predicted, labels])).tolist()
+    return float(np.mean([_f1_of(name, predicted, labels) for name in classes]))
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
