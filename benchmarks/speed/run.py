@@ -26,7 +26,7 @@ def run_worker(task: Path, system: str, epochs: int, *more: str) -> dict[str, An
     if system in ("pyreft", "adapters"):
         from reftune.models import bundled_folder
 
-        script = HERE / f"worker_{system}.py"
+        script = HERE / {"pyreft": "pyreft_training.py", "adapters": "worker_adapters.py"}[system]
         command = [str(interpreter(system)), str(script), str(task), str(epochs), str(bundled_folder())]
     else:
         command = [sys.executable, "-m", "benchmarks.speed.worker", str(task), system, str(epochs), *more]

@@ -1,4 +1,4 @@
-"""pyreft's side of the speed table, in its own environment: python worker_pyreft.py TASK.json EPOCHS SMOLLM2_FOLDER."""
+"""pyreft's side of the speed table, in its own environment: python pyreft_training.py TASK.json EPOCHS SMOLLM2_FOLDER."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-def main():
-    task, epochs, folder = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(2)
+def edited(task, folder):
+    """The model with LoReFT at the task's layers, rank and positions, as pyreft's own examples make it."""
     model = smollm2(folder)
     representations = [
         {
@@ -68,8 +67,10 @@ def main():
         }
         for layer in task["layers"]
     ]  # fmt: skip
-    reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
+    return pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
 
+
+def collator(task):
     def collate(rows):
         ids = pad_sequence([torch.tensor(r["input_ids"]) for r in rows], True, task["pad"])
         labels = pad_sequence([torch.tensor(r["labels"]) for r in rows], True, -100)
@@ -79,9 +80,15 @@ def main():
             "input_ids": ids, "attention_mask": mask, "labels": labels, "intervention_locations": torch.tensor(spots),
         }  # fmt: skip
 
-    clock = Clock()
+    return collate
+
+
+def main():
+    task, epochs, folder = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(2)
+    collate, clock = collator(task), Clock()
     trainer = pyreft.ReftTrainerForCausalLM(
-        model=reft,
+        model=edited(task, folder),
         args=TrainingArguments(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=task["batch_size"], num_train_epochs=epochs,
             learning_rate=1e-3, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
@@ -100,4 +107,5 @@ def main():
     print("RESULT " + json.dumps({"epoch_seconds": clock.seconds, "losses": losses, "peak_memory_bytes": memory}))
 
 
-main()
+if __name__ == "__main__":
+    main()
