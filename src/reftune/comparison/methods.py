@@ -5,6 +5,7 @@ To add one: its keys in `_KEYS` and a branch in `peft_config` (or in `attach_met
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -126,7 +127,7 @@ def read_method(name: str, given: Any, shared: Mapping[str, Any], where: str) ->
     names = {item.name: item.metadata["aka"] for item in recipe_fields()}
     known = own | {key: names[key] for key in (*(_edit_keys()[1:] if edits else ()), *trained)}
     for key in values:
-        if key in names and key not in known and key not in _edit_keys():
+        if key in names and key not in (*known, *_edit_keys(), *TRAINING_KEYS):
             raise ReftuneError(f"{where}: {key!r} is shared by all methods; write it at the top of the recipe.")
     check_names(values, {"method": (), **known}, where)
     settings = {key: value for key, value in values.items() if key not in own}
@@ -263,7 +264,10 @@ def attach_method(method: Method, base: Any, tokenizer: PreTrainedTokenizerBase)
             return Adapted(*_both("default", get_peft_model(base, method.train.adapter_config())))
         below = get_peft_model(base, peft_config(method, tokenizer))
         # The second is made on what is under the first, under a name of its own.
-        edit = get_peft_model(below.get_base_model(), method.train.adapter_config(), adapter_name="edit")
+        with warnings.catch_warnings():  # PEFT warns of a second one by accident; this is on purpose
+            warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            edit = get_peft_model(below.get_base_model(), method.train.adapter_config(), adapter_name="edit")
         return Adapted(edit, {"default": _peft(below), "edit": _peft(edit)})
     except ReftuneError:
         raise

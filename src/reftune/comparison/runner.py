@@ -230,14 +230,15 @@ class _Children:
                 )  # fmt: skip
                 self._running.add(process)
             assert process.stdout is not None
-            for line in process.stdout:
-                if not line.startswith(MARK):
-                    errors.write(line)
-                    continue
-                news = json.loads(line.removeprefix(MARK))
-                failure = news.get("error", failure)
-                if "error" not in news:
-                    tell(news)
+            with process.stdout as told:
+                for line in told:
+                    if not line.startswith(MARK):
+                        errors.write(line)
+                        continue
+                    news = json.loads(line.removeprefix(MARK))
+                    failure = news.get("error", failure)
+                    if "error" not in news:
+                        tell(news)
             status = process.wait()
             with self._lock:
                 self._running.discard(process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -105,7 +106,7 @@ def execute(
     size = _save(adapted, settings, method, folder / ADAPTER_FOLDER, parameters)
     trainer.prefixes.close()
     edited = _as_edited(adapted.model, base, tokenizer, settings)
-    answers = _answers(edited, held_out, recipe, settings.batch_size, tell)
+    answers = _answers(edited, held_out, recipe, method, tell)
     right = _options_right(edited, recipe, settings.batch_size, tell)
     matches = [exact_match(answer, row.completion) for answer, row in zip(answers, held_out, strict=False)]
     result = RunResult(
@@ -229,14 +230,18 @@ def _as_edited(model: Any, base: Any, tokenizer: PreTrainedTokenizerBase, settin
 
 
 def _answers(
-    edited: EditedModel, rows: list[Example], recipe: CompareRecipe, batch_size: int, tell: Progress
+    edited: EditedModel, rows: list[Example], recipe: CompareRecipe, method: Method, tell: Progress
 ) -> list[str]:
     asked = rows if recipe.generate < 0 else rows[: recipe.generate]
     if not asked:
         return []
     tell({"doing": "answering"})
+    # PEFT drops position ids beside virtual tokens, so padding would stand between those and the prompt: one at a time.
+    batch_size = 1 if method.kind in ("prefix", "prompt") else method.train.batch_size
     settings = GenerationSettings(max_new_tokens=recipe.max_new_tokens, batch_size=batch_size)
-    return [answer.text for answer in generate_answers(edited, asked, settings)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        return [answer.text for answer in generate_answers(edited, asked, settings)]
 
 
 def _options_right(
