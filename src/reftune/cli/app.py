@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from reftune.errors import ReftuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
-_ORDER = ("demo", "train", "generate", "chat", "eval", "info", "env")
+_ORDER = ("demo", "train", "generate", "chat", "eval", "predict", "compare", "sweep", "info", "env")
 
 logger = logging.getLogger("reftune")
 
