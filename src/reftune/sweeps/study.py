@@ -149,7 +149,7 @@ class Study:
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     now = yaml.safe_load(yaml.safe_dump(dict(now)))
-    for name in sorted(before.keys() | now.keys()):
+    for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "search", name)):
         if before.get(name) != now.get(name):
             raise ReftuneError(
                 f"output={str(folder)!r} holds a sweep with {name}={before.get(name)!r}, and this one has "
