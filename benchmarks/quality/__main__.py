@@ -35,7 +35,7 @@ def compare(task: Task, seeds: list[int], output: Path, jobs: int, document_only
             "batch_size": 8,
             "seeds": seeds,
             "output": str(output / task.name),
-            "reference": "LoRA r8",
+            "reference": "LoRA r8, lr 3e-3",
             "title": task.title,
             "methods": task.methods,
             **prepare(task, output),

@@ -25,7 +25,7 @@ class Task:
     methods: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
     train_rows: int = 80
-    held_out_rows: int = 50
+    held_out_rows: int = 40
     option_rows: int = 0
     pyreft: str = ""
     """The method that pyreft is trained beside, with equal settings."""
@@ -44,12 +44,11 @@ TASKS = {
     for task in (
         Task(
             "arc",
-            "ARC-Easy, the answer's text after three solved examples: long prompts, short completions",
+            "ARC-Easy, the answer's text after a solved example: long prompts, short completions",
             {
                 "base": "base",
-                "LoRA r8": lora(8, 1e-3),
+                "LoRA r8, lr 3e-3": lora(8, 3e-3),
                 "LoRA r1": lora(1, 3e-3),
-                "LoReFT l1, layer 14": edit("l1", 14, 4, 6e-3),
                 "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
                 "LoReFT l1, all layers, r1": edit("l1", "all", 1, 4e-3),
                 "LoReFT l1, all layers, r4": edit("l1", "all", 4, 2e-3),
@@ -59,7 +58,7 @@ TASKS = {
                 "LoReFT prompt, four layers": edit("prompt", FOUR, 4, 6e-3),
             },
             {"template": "%s"},
-            option_rows=150,
+            option_rows=60,
             pyreft="LoReFT l1, all layers, r4, paper's start",
         ),
         Task(
@@ -67,7 +66,7 @@ TASKS = {
             "Word problems with worked steps: short prompts, long completions",
             {
                 "base": "base",
-                "LoRA r8": lora(8, 1e-3),
+                "LoRA r8, lr 3e-3": lora(8, 3e-3),
                 "LoRA r1": lora(1, 3e-3),
                 "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
                 "LoReFT l1, all layers, r4": edit("l1", "all", 4, 2e-3),
@@ -75,18 +74,17 @@ TASKS = {
                 "LoReFT all tokens, four layers": edit("all", FOUR, 4, 6e-3),
             },
             {"template": "Q: %s"},
-            train_rows=64,
-            held_out_rows=40,
+            train_rows=48,
+            held_out_rows=24,
         ),
         Task(
             "persona",
             "A pirate's manner (the bundled rows): every token of the answer changes",
             {
                 "base": "base",
-                "LoRA r8": lora(8, 1e-3),
+                "LoRA r8, lr 3e-3": lora(8, 3e-3),
                 "LoRA r1": lora(1, 3e-3),
                 "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
-                "LoReFT l1, all layers, r4": edit("l1", "all", 4, 2e-3),
                 "LoReFT all tokens, four layers": edit("all", FOUR, 4, 6e-3),
                 "DiReFT all tokens, four layers": {**edit("all", FOUR, 4, 6e-3), "method": "direft"},
             },
@@ -133,8 +131,8 @@ def _read(file: str) -> Sequence[dict[str, Any]]:
     return json.loads((DATA / file).read_text(encoding="utf-8"))
 
 
-SHOWN = range(3)
-"""Training rows that every prompt shows solved, as a user's fixed instructions would."""
+SHOWN = range(1)
+"""Training rows that every prompt shows solved, as fixed instructions would."""
 
 
 def _answer_text(row: dict[str, Any]) -> dict[str, Any] | None:
