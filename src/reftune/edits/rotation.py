@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
@@ -27,6 +28,11 @@ def retract_(P: Float[Tensor, "*batch r width"]) -> None:
     Method: shifted CholeskyQR followed by CholeskyQR2 (Fukaya et al., 2020), as it needs matrix products alone.
     """
     if P.is_meta:
+        return
+    if isinstance(P, DTensor):  # a shard of FSDP 2
+        whole = P.full_tensor()
+        retract_(whole)
+        P.data.copy_(distribute_tensor(whole, P.device_mesh, P.placements))
         return
     compiling = torch.compiler.is_compiling()
     wide = torch.float32 if P.device.type == "mps" else torch.float64

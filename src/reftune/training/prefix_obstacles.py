@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftune.engine import Engine
 from reftune.forwards import is_causal_lm
+from reftune.training.sharding import sharded_by
 
 
 def obstacle(model: Any, engine: Engine) -> str | None:
@@ -48,6 +49,12 @@ def obstacle(model: Any, engine: Engine) -> str | None:
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         return "the model is spread over several devices"
     return cache_obstacle(model.config) or rope_obstacle(model.config)
+
+
+def sharding_obstacle(model: nn.Module) -> str | None:
+    """Why blocks cannot be run by themselves in a model's distributed wrapping, or None."""
+    sharding = sharded_by(model)
+    return sharding and f"{sharding} shards the parameters, and gathers them for the whole model's forward alone"
 
 
 def cache_obstacle(config: Any) -> str | None:

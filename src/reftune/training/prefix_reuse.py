@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.cache_utils import DynamicLayer
 
 from reftune.engine import Engine
@@ -42,7 +43,7 @@ from reftune.training.partial_forward import (
     right_padded,
     tail_positions,
 )
-from reftune.training.prefix_obstacles import obstacle
+from reftune.training.prefix_obstacles import obstacle, sharding_obstacle
 from reftune.training.prefix_store import PrefixStore
 from reftune.training.row_groups import length_groups, one_more_forward
 from reftune.training.shared_beginning import shared_beginning
@@ -126,7 +127,7 @@ class PrefixReuse:
             raise PrefixReuseOff("no ReFT adapter is active")
         self.engine = engine
         self.store = store
-        if (reason := obstacle(self.model, engine)) is not None:
+        if (reason := sharding_obstacle(model) or obstacle(self.model, engine)) is not None:
             raise PrefixReuseOff(reason)
         placements = [
             found.placements[name] for found in engine.interventions.values() for name in found.active_names()
@@ -435,6 +436,8 @@ class PrefixReuse:
     @torch.no_grad()
     def _check(self, model: nn.Module, inputs: Mapping[str, Any], rows: list[_Row]) -> None:
         """Compare two rows' logits with the plain path's, once; learn on the way how the blocks return their output."""
+        if isinstance(model, DistributedDataParallel):  # not every process need check at the same step, nor at all
+            model = model.module
         chosen = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))[:2]  # the shortest: they cost the least
         width = int(inputs["attention_mask"][chosen].sum(1).max()) if "attention_mask" in inputs else None
         few = {name: value[chosen] if value.ndim < 2 else value[chosen, :width] for name, value in inputs.items()}

@@ -6,6 +6,7 @@ Host memory first, then memory-mapped files, else computed anew. One store serve
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -48,14 +49,16 @@ class PrefixStore:
     computed anew each time.
 
     Args:
-        memory_bytes: budget of host memory; None: a quarter of what is free now.
+        memory_bytes: budget of host memory; None: a quarter of what is free now, shared out among this machine's
+            processes.
         disk_bytes: budget of memory-mapped files; None: as much again, and at most a quarter of the free disk.
     """
 
     def __init__(self, memory_bytes: int | None = None, disk_bytes: int | None = None) -> None:
-        self.memory_budget = psutil.virtual_memory().available // 4 if memory_bytes is None else memory_bytes
+        share = 4 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that train together each have a store
+        self.memory_budget = psutil.virtual_memory().available // share if memory_bytes is None else memory_bytes
         free_disk = shutil.disk_usage(tempfile.gettempdir()).free
-        self.disk_budget = min(self.memory_budget, free_disk // 4) if disk_bytes is None else disk_bytes
+        self.disk_budget = min(self.memory_budget, free_disk // share) if disk_bytes is None else disk_bytes
         self.memory_used = self.disk_used = 0
         self.hits = self.misses = self.refused = self.evicted = 0
         self.passes = 0

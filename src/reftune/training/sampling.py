@@ -18,7 +18,7 @@ class LengthGroupedByEpoch(Sampler[int]):
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of one optimiser step on this process.
+        batch_size: rows of one optimiser step, those of all processes.
         seed: of the run.
     """
 

@@ -29,12 +29,13 @@ from reftune.training.checkpoints import (
     require_complete,
 )
 from reftune.training.interrupts import InterruptCallback
-from reftune.training.loss import completion_loss
+from reftune.training.loss import IGNORED_LABEL, completion_loss
 from reftune.training.prefix_store import PrefixStore
 from reftune.training.prefix_switch import PrefixSwitch
 from reftune.training.progress import ProgressBarCallback
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
+from reftune.training.sharding import refuse_lost_retractions, retract_shards
 from reftune.training.supervised_logits import (
     SupervisedLogitsError,
     plain_model,
@@ -116,6 +117,8 @@ class ReftTrainer(Trainer):
     ) -> Any:
         """The loss of one batch, in training and evaluation alike (see `completion_loss` and `supervised_forward`)."""
         inputs = with_prompt_ends(model, inputs)
+        if not model.training:  # a batch's own mean, which Trainer weighs by its rows, on any number of processes
+            num_items_in_batch = None
         if not self._uses_supervised_logits(model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         try:
@@ -171,9 +174,25 @@ class ReftTrainer(Trainer):
         """Trainer's; where metrics are wanted, the logits of every position are computed for them."""
         self._all_logits = not prediction_loss_only
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, self._without_repeats(inputs), prediction_loss_only, ignore_keys)
         finally:
             self._all_logits = False
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Several processes' last batch without the rows that fill it up, which would count twice.
+
+        accelerate begins again with the first rows there; gathering drops them, but not their share of a batch's loss.
+        """
+        labels, state = inputs.get("labels"), self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        if not isinstance(labels, Tensor) or labels.ndim != 2:
+            return inputs
+        own = state.remainder - self.accelerator.process_index * len(labels)
+        if not 0 < own < len(labels):  # none of them repeated, or a loss that gathering drops anyway
+            return inputs
+        repeated = torch.arange(len(labels), device=labels.device).unsqueeze(1) >= own
+        return {**inputs, "labels": labels.masked_fill(repeated, IGNORED_LABEL)}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, without counting as training time."""
@@ -217,7 +236,12 @@ class ReftTrainer(Trainer):
                 self._progress.close()
 
     def train_begins(self) -> None:
-        """Take up what transformers' checkpoints leave out. Called once the loop is set up, before its first step."""
+        """Take up what transformers' checkpoints leave out. Called once the loop is set up, before its first step.
+
+        Raises:
+            ReftuneError: a distributed wrapper under which these edits cannot be trained.
+        """
+        refuse_lost_retractions(self.model_wrapped)
         self._drop_input_gradients()
         self.throughput.begin()
         self._loss_before = (0.0, 0)
@@ -250,7 +274,7 @@ class ReftTrainer(Trainer):
                 f"{self.args.length_column_name!r} column. Tokenise them first, or use 'random'."
             )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._sampler = LengthGroupedByEpoch(lengths, batch_size, seed)
         return self._sampler
 
@@ -366,13 +390,16 @@ class ReftTrainer(Trainer):
 
 
 class _TrainBegins(TrainerCallback):
-    """Passes two events of the loop on to the trainer."""
+    """Passes three events of the loop on to the trainer."""
 
     def __init__(self, trainer: ReftTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.train_begins()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        retract_shards(self._trainer.model)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.epoch_begins()
