@@ -87,13 +87,14 @@ def _picture(name: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
         axes.spines[["top", "right"]].set_visible(False)
         return made
 
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    ink: Any = {**_SETTINGS, "svg.hashsalt": name}
+    with matplotlib.rc_context(ink):
         made, text = figure(_INK), io.StringIO()
         FigureCanvasSVG(made)
         draw(made.axes[0])
         nothing: Any = {"Creator": None, "Date": None, "Format": None, "Type": None}
         made.savefig(text, format="svg", transparent=True, metadata=nothing)
-    paper = {key: "#1f2430" if value == _INK else value for key, value in _SETTINGS.items()}
+    paper: Any = {key: "#1f2430" if value == _INK else value for key, value in _SETTINGS.items()}
     with matplotlib.rc_context(paper):
         made, image = figure("#1f2430"), io.BytesIO()
         FigureCanvasAgg(made)
@@ -180,7 +181,7 @@ def _label_points(
         for sign in (1, -1)
         for dx in ((8,) if abs(dy) < 12 else (3,))
     ]
-    for (x, y), item in zip(taken, items, strict=True):
+    for point, (x, y), item in zip(points, taken, items, strict=True):
         width, height = 5.4 * scale * len(item.name), 11 * scale
         best: tuple[float, tuple[float, float, str], tuple[float, float, float, float]] | None = None
         for dx, dy, side in offsets:
@@ -195,7 +196,7 @@ def _label_points(
         _, (dx, dy, side), box = best
         boxes.append(box)
         axes.annotate(
-            item.name, axes.transData.inverted().transform((x, y)), xytext=(dx, dy), textcoords="offset points",
+            item.name, point, xytext=(dx, dy), textcoords="offset points",
             ha=side, va="center", fontsize=9, color=colours[item.name],
         )  # fmt: skip
 
