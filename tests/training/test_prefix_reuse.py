@@ -149,7 +149,7 @@ def test_rows_in_groups_by_length_give_the_same_loss_and_gradients(
 def test_the_budget_changes_what_is_kept_and_not_what_is_computed(memory: int, disk: int):
     rows, model = examples(10), tuned(positions="l1", layers_to_transform=[1])
     reuse = PrefixReuse(model, PrefixStore(memory, disk))
-    reuse.share_beginning_of(rows)
+    reuse.share_beginning_of(lambda: iter(rows))
     batches = [batch_of(rows[:4]), batch_of(rows[4:8]), batch_of(rows[6:])]
     for _ in range(3):
         for batch in batches:
@@ -158,12 +158,12 @@ def test_the_budget_changes_what_is_kept_and_not_what_is_computed(memory: int, d
             with whole.running() as reduced:
                 found = supervised_forward(model, reduced)
             torch.testing.assert_close(found.logits, plain.logits, rtol=1e-9, atol=1e-9)
-        reuse.store.next_pass()
-    assert reuse.store.memory_used <= memory and reuse.store.disk_used <= disk
-    assert (reuse.store.refused > 0) == (memory + disk < 10**9)
-    folder = reuse.store._folder
+        reuse.constant.store.next_pass()
+    assert reuse.constant.store.memory_used <= memory and reuse.constant.store.disk_used <= disk
+    assert (reuse.constant.store.refused > 0) == (memory + disk < 10**9)
+    folder = reuse.constant.store._folder
     assert (folder is not None and folder.is_dir()) == (disk > 0 and memory < 10**9)
-    reuse.store.close()
+    reuse.constant.store.close()
     assert folder is None or not folder.exists()
 
 
@@ -204,7 +204,7 @@ def test_examples_with_the_same_prompt_share_its_keys_and_values():
     model = tuned(positions="l1", layers_to_transform=[1])
     reuse = PrefixReuse(model, PrefixStore(10**9, 0))
     reuse.prepare(model, batch_of([row, other]))
-    assert len(reuse.store) == 3, "one prefix, two tails"
+    assert len(reuse.constant.store) == 3, "one prefix, two tails"
 
 
 def train(folder: Path, reuse: str, steps: int = 0, **changes: Any) -> ReftTrainer:

@@ -20,26 +20,25 @@ makes it inexact, and the first batch's logits are compared with the plain path'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.cache_utils import DynamicLayer
 
 from reftune.engine import Engine
 from reftune.positions import Positions
-from reftune.training.base_identity import base_identity
+from reftune.training.constant_states import ConstantStates, PrefixReuseOff, Row
 from reftune.training.loss import IGNORED_LABEL
 from reftune.training.partial_forward import (
     KeysAndValues,
     WholeCache,
     build_cache,
     only_blocks,
-    output_of,
     right_padded,
     tail_positions,
 )
@@ -53,35 +52,12 @@ WORTH_IT = 0.1
 """Without a constant prefix, the share of a step's work from which on it is saved."""
 
 
-class PrefixReuseOff(Exception):
-    """Prefix reuse is not exact or not useful here; the message says why."""
+ENOUGH_ROWS = 1000
+"""Rows from which a row's mean length is told."""
 
 
 class OtherBatch(Exception):
     """This one batch cannot be reduced (its rows do not begin as the training rows do); others can."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One example of a batch.
-
-    Attributes:
-        ids: its tokens up to the last one that predicts something.
-        prompt_length: tokens of the prompt.
-        targets: what each of those tokens is to predict, -100 for nothing.
-        begin: where its first edited token stands.
-    """
-
-    ids: Tensor
-    prompt_length: int
-    targets: Tensor
-    begin: int
-
-    def prefix_key(self) -> bytes:
-        return b"p" + self.ids[: self.begin].numpy().tobytes()
-
-    def tail_key(self) -> bytes:
-        return b"t%d:" % self.begin + self.ids.numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -126,7 +102,6 @@ class PrefixReuse:
         if engine is None or not engine.active_positions():
             raise PrefixReuseOff("no ReFT adapter is active")
         self.engine = engine
-        self.store = store
         if (reason := sharding_obstacle(model) or obstacle(self.model, engine)) is not None:
             raise PrefixReuseOff(reason)
         placements = [
@@ -141,28 +116,30 @@ class PrefixReuse:
         at_lowest = [p.site for p in placements if p.site.layer == lowest]
         outputs_only = all(s.side == "output" and s.module_path == s.block_path for s in at_lowest)
         self.first = lowest + 1 if outputs_only else lowest
-        self._as_tuple = 0
+        self.constant = ConstantStates(self.model, engine, self.owner, self.blocks, self.first, store, others_use_it)
         self._edited_at: set[int] = set()
         self._checked = False
-        self._shared = torch.empty(0, dtype=torch.long)  # what all rows begin with and no edit touches
         self._edited = torch.empty(0, dtype=torch.long)  # what all rows begin with, edited alike in each
-        self._identity = base_identity(self.model) if others_use_it else b""
-        self._root: Tensor | None = None  # keys and values of the shared tokens, (layers, 2, 1, heads, tokens, dim)
 
-    def share_beginning_of(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def share_beginning_of(self, rows: Callable[[], Iterator[Mapping[str, Any]]]) -> None:
         """Compute the tokens that all examples begin with once: for good, or once a step where edits lie in them.
+
+        Args:
+            rows: gives the examples from the first on, each time it is called.
 
         Raises:
             PrefixReuseOff: nothing worth having is constant or shared.
         """
         if self.has_prefix:
-            self._shared = shared_beginning(rows, self.positions)
+            self.constant.shared = shared_beginning(rows(), self.positions)
             return
-        if not self._drops_out():  # each row draws its own dropout
-            self._edited = shared_beginning(rows, self.positions, edited=True)
-        lengths = [len(row["input_ids"]) for row in rows if "input_ids" in row]
+        first = next(rows(), None)
+        if first is not None and not self._drops_out():  # each row draws its own dropout
+            self._edited = shared_beginning(rows(), self.positions, edited=True)
         if len(self._edited):
-            self._edited_at = self._edits_in(len(self._edited), int(rows[0]["prompt_length"]), lengths[0])
+            assert first is not None
+            self._edited_at = self._edits_in(len(self._edited), int(first["prompt_length"]), len(first["input_ids"]))
+        lengths = [len(row["input_ids"]) for row in islice(rows(), ENOUGH_ROWS)] if len(self._edited) else []
         shared = len(self._edited) * len(lengths) / max(1, sum(lengths))
         below = self.first / len(self.blocks)
         if 1 - (1 - below) * (1 - shared) < WORTH_IT:
@@ -203,7 +180,7 @@ class PrefixReuse:
             self._check(model, inputs, rows)
         return self._reduce(rows, device, one_more_forward(self.model, device))
 
-    def _rows(self, inputs: Mapping[str, Any]) -> list[_Row]:
+    def _rows(self, inputs: Mapping[str, Any]) -> list[Row]:
         unknown = set(inputs) - {"input_ids", "attention_mask", "labels", "prompt_lengths"}
         if unknown or "prompt_lengths" not in inputs or "input_ids" not in inputs:
             raise PrefixReuseOff(f"batches carry {sorted(unknown) or 'no prompt_lengths'}")
@@ -219,17 +196,17 @@ class PrefixReuse:
         for row, length in enumerate(lengths):
             own = ids[row][attended[row]]
             begin = min(min(p.ordinals(length, len(own)), default=length) for p in self.positions)
-            if begin < len(self._shared) or not self._begins_alike(own, length):
+            if begin < len(self.constant.shared) or not self._begins_alike(own, length):
                 raise OtherBatch
             predicts = targets[row][attended[row]]
             learned = (predicts != IGNORED_LABEL).nonzero()
             end = max(begin + 1, int(learned[-1]) + 1 if len(learned) else 0)
-            rows.append(_Row(own[:end], length, predicts[:end], begin))
+            rows.append(Row(own[:end], length, predicts[:end], begin))
         return rows
 
     def _begins_alike(self, ids: Tensor, prompt_length: int) -> bool:
         """Whether a row begins with the shared tokens, edited as in the others."""
-        if not torch.equal(ids[: len(self._shared)], self._shared):
+        if not torch.equal(ids[: len(self.constant.shared)], self.constant.shared):
             return False
         edited = len(self._edited)
         if not edited:
@@ -242,8 +219,8 @@ class PrefixReuse:
         """The edited ones of a row's first tokens."""
         return {o for p in self.positions for o in p.ordinals(prompt_length, total) if o < tokens}
 
-    def _reduce(self, rows: list[_Row], device: torch.device, forward_cost: int | None) -> list[Reduced]:
-        prefixes, tails = self._stored_or_computed(rows, device)
+    def _reduce(self, rows: list[Row], device: torch.device, forward_cost: int | None) -> list[Reduced]:
+        prefixes, tails = self.constant.of_rows(rows, device)
         edited, layers = len(self._edited), []
         if edited:
             layers = self._run_edited(rows[0].prompt_length, tails[0][:edited], device)
@@ -262,13 +239,13 @@ class PrefixReuse:
     def _assemble(
         self,
         members: list[int],
-        rows: list[_Row],
+        rows: list[Row],
         prefix: list[KeysAndValues],
         prefix_mask: Tensor,
         tails: list[Tensor],
     ) -> Reduced:
         device = prefix_mask.device
-        cache = build_cache(self.model.config, prefix, self._no_keys(len(rows), prefix_mask.shape[1], device))
+        cache = build_cache(self.model.config, prefix, self.constant.no_keys(len(rows), prefix_mask.shape[1], device))
         begins = torch.tensor([row.begin for row in rows], device=device)
         lengths = [len(row.ids) - row.begin for row in rows]
         width = max(lengths)
@@ -288,7 +265,7 @@ class PrefixReuse:
         else:
             entering = right_padded(tails).to(device)
             inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
-        return Reduced(members, inputs, self.blocks, self.first, entering, self._as_tuple)
+        return Reduced(members, inputs, self.blocks, self.first, entering, self.constant.as_tuple)
 
     def _run_edited(self, prompt_length: int, entering: Tensor, device: torch.device) -> list[KeysAndValues]:
         """Keys and values of the shared and edited tokens, computed once, with gradients, for all rows."""
@@ -301,14 +278,14 @@ class PrefixReuse:
             inputs = {"inputs_embeds": states.new_zeros(1).expand_as(states)}
         positions = torch.arange(len(self._edited), device=device).unsqueeze(0)
         length = torch.tensor([prompt_length], device=device)
-        with only_blocks(self.blocks, self.first, len(self.blocks), states, True, self._as_tuple):
+        with only_blocks(self.blocks, self.first, len(self.blocks), states, True, self.constant.as_tuple):
             self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, prompt_lengths=length)
         layers: list[Any] = cache.layers[self.first :]
         return [(layer.keys, layer.values) for layer in layers]
 
     def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[list[KeysAndValues], Tensor]:
         """Prefixes (layers, 2, heads, tokens, dim), the shared tokens before each, left-padded; and their mask."""
-        shared = len(self._shared)
+        shared = len(self.constant.shared)
         longest = max(shared + prefix.shape[3] for prefix in prefixes)
         mask = torch.zeros(len(prefixes), longest, dtype=torch.bool, device=device)
         layers, _, heads, _, dim = prefixes[0].shape
@@ -316,125 +293,15 @@ class PrefixReuse:
         for row, prefix in enumerate(prefixes):
             start = longest - prefix.shape[3]
             together[:, :, row, :, start:] = prefix.to(device)
-            if self._root is not None:
-                together[:, :, row, :, start - shared : start] = self._root[self.first :, :, 0]
+            if self.constant.root is not None:
+                together[:, :, row, :, start - shared : start] = self.constant.root[self.first :, :, 0]
             mask[row, start - shared :] = True
         return [(keys, values) for keys, values in together], mask
-
-    # What is constant
-
-    def _scope(self, device: torch.device) -> bytes:
-        """What decides the stored tensors besides a row's tokens and its first edited one."""
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return self._identity + f"{self.first}/{len(self._shared)}/{device.type}/{autocast}/".encode()
-
-    def _stored_or_computed(self, rows: list[_Row], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        """Each row's prefix, (layers, 2, heads, tokens after the shared ones, dim), and tail, (tokens, hidden)."""
-        scope = self._scope(device)
-        self._shared_root(device)  # also where another training stored everything else
-        found = [(self.store.get(scope + row.prefix_key()), self.store.get(scope + row.tail_key())) for row in rows]
-        missing = [i for i, (prefix, tail) in enumerate(found) if prefix is None or (tail is None and self.first > 0)]
-        # On a CPU each row by itself: its bits do not depend on the rows beside it then, and a resumed run, which meets
-        # it in other company, goes on exactly. An accelerator would idle: there they are computed together.
-        groups = [[i] for i in missing] if device.type == "cpu" else [missing] if missing else []
-        for group in groups:
-            for index, (kv, hidden) in zip(group, self._compute([rows[i] for i in group], device), strict=True):
-                prefix, tail = found[index] = {"kv": kv}, {"hidden": hidden}
-                self.store.put(scope + rows[index].prefix_key(), prefix)
-                self.store.put(scope + rows[index].tail_key(), tail)
-        prefixes = [prefix["kv"] for prefix, _ in found if prefix is not None]
-        return prefixes, [tail["hidden"] if tail is not None else torch.empty(0) for _, tail in found]
-
-    @torch.no_grad()
-    def _compute(self, rows: list[_Row], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Run the base model on rows together: all tokens below the first edited layer, the prefixes alone above.
-
-        Rows are padded on the right, where causal attention never sees it.
-        """
-        shared, count = self._shared_root(device), len(self.blocks)
-        ids = right_padded([row.ids[shared:] for row in rows]).to(device)
-        longest = max(row.begin for row in rows) - shared
-        arriving = None
-        with self._base_alone():
-            if self.first > 0:
-                with output_of(self.blocks[self.first - 1]) as outputs:
-                    self._run(ids, shared, 0, self.first, None)
-                arriving = outputs[0]
-            cache = None
-            if longest > 0 and self.first < count:
-                entering = None if arriving is None else arriving[:, :longest]
-                cache = self._run(ids[:, :longest], shared, self.first, count, entering)
-        found = []
-        for index, row in enumerate(rows):
-            tokens = slice(shared, row.begin)
-            kv = self._no_layers(row.begin - shared, device)
-            if cache is not None and row.begin > shared:
-                kv = self._stacked(cache, self.first, tokens, index)
-            hidden = torch.empty(0)
-            if arriving is not None:
-                hidden = arriving[index, row.begin - shared : len(row.ids) - shared]
-            found.append((kv, hidden))
-        return found
-
-    def _run(self, ids: Tensor, start: int, first: int, stop: int, entering: Tensor | None) -> WholeCache:
-        """Run some of the blocks on tokens (batch, tokens) that follow the shared ones; the cache that they filled."""
-        cache = WholeCache(self.model.config)
-        if self._root is not None:
-            for layer, (keys, values) in zip(cache.layers, self._root, strict=True):
-                assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
-                layer.update(*(x.expand(len(ids), -1, -1, -1) for x in (keys, values)))
-        inputs = {"input_ids": ids} if entering is None else {"inputs_embeds": entering}
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(len(ids), -1)
-        with only_blocks(self.blocks, first, stop, entering, False, self._as_tuple):
-            self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
-        return cache
-
-    @staticmethod
-    def _stacked(cache: Any, first: int, tokens: slice, row: int = 0) -> Tensor:
-        """Keys and values of one row's tokens in the layers from ``first`` on, (layers, 2, heads, tokens, dim)."""
-        layers = [(layer.keys[row, :, tokens], layer.values[row, :, tokens]) for layer in cache.layers[first:]]
-        if len({x.shape for pair in layers for x in pair}) != 1:
-            raise PrefixReuseOff("its layers have keys and values of different shapes")
-        return torch.stack([torch.stack(pair) for pair in layers])
-
-    def _shared_root(self, device: torch.device) -> int:
-        """Compute the tokens that every example begins with, once; their number."""
-        if len(self._shared) and self._root is None:
-            cache = WholeCache(self.model.config)
-            with torch.no_grad(), self._base_alone():
-                self.owner(input_ids=self._shared.unsqueeze(0).to(device), past_key_values=cache, use_cache=True)
-            self._root = self._stacked(cache, 0, slice(0, None)).unsqueeze(2)
-        return len(self._shared)
-
-    def _no_layers(self, tokens: int, device: torch.device) -> Tensor:
-        """Keys and values where no layer needs any, or no token precedes the first edited one."""
-        like = self._no_keys(1, tokens, device)
-        return like.new_empty(len(self.blocks) - self.first, 2, *like.shape[1:])
-
-    def _no_keys(self, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """Keys of a layer that nobody reads: (batch, heads, tokens, dim), of one number's memory."""
-        text = self.model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return torch.zeros(1, device=device, dtype=self.model.dtype).expand(batch, heads, tokens, dim)
-
-    @contextmanager
-    def _base_alone(self) -> Iterator[None]:
-        """The base model without its edits (without dropout it is the same in training and evaluation)."""
-        found = list(self.engine.interventions.values())
-        before = [set(intervention.paused) for intervention in found]
-        try:
-            for intervention in found:
-                intervention.paused |= set(intervention.placements)
-            yield
-        finally:
-            for intervention, paused in zip(found, before, strict=True):
-                intervention.paused = paused
 
     # Proof
 
     @torch.no_grad()
-    def _check(self, model: nn.Module, inputs: Mapping[str, Any], rows: list[_Row]) -> None:
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any], rows: list[Row]) -> None:
         """Compare two rows' logits with the plain path's, once; learn on the way how the blocks return their output."""
         if isinstance(model, DistributedDataParallel):  # not every process need check at the same step, nor at all
             model = model.module
@@ -456,7 +323,7 @@ class PrefixReuse:
                 handle.remove()
             if len(set(forms)) != 1:
                 raise PrefixReuseOff("its blocks return their output in different forms")
-            self._as_tuple = forms[0]
+            self.constant.as_tuple = forms[0]
             device = inputs["input_ids"].device
             (whole,) = self._reduce([rows[row] for row in chosen], device, None)
             with whole.running() as reduced:

@@ -92,7 +92,7 @@ class PrefixSwitch:
             reuse = PrefixReuse(model, self._shared_store, others_use_it=True)
         else:
             reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes))
-        reuse.share_beginning_of([row for dataset in self._datasets for row in dataset])
+        reuse.share_beginning_of(lambda: (row for dataset in self._datasets for row in dataset))
         return reuse
 
     def switch_off(self, reason: str) -> None:
@@ -111,17 +111,17 @@ class PrefixSwitch:
     def next_pass(self) -> None:
         """Begin another epoch."""
         if self._reuse is not None:
-            self._reuse.store.next_pass()
+            self._reuse.constant.store.next_pass()
 
     def close(self) -> None:
         """Give memory and files back, those of a shared store excepted."""
         if self._reuse is not None and self._shared_store is None:
-            self._reuse.store.close()
+            self._reuse.constant.store.close()
         self._reuse = None
 
     def summary(self) -> dict[str, int]:
         """What the store holds, and what this training asked of it, for a report."""
         if self._reuse is None:
             return {}
-        found = self._reuse.store.summary()
+        found = self._reuse.constant.store.summary()
         return found | {name: found[name] - before for name, before in self._counted_before.items()}
