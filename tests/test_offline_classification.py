@@ -1,4 +1,4 @@
-"""The offline recipe at reduced length: the edits learn what a head alone on the same frozen encoder does not."""
+"""The offline recipe: the edits learn what a head alone on the same frozen encoder does not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def held_out_accuracy(output: Path, **changed: Any) -> float:
     """Train and return the accuracy over validation and test rows together."""
     recipe = resolve_recipe(
         ROOT / "recipes" / "offline" / "classification.yaml",
-        {"output": str(output), "device": "cpu", "epochs": 5, "show": 1, **changed},
+        {"output": str(output), "device": "cpu", "show": 1, **changed},
     )
     metrics = run_training(recipe, Console(quiet=True)).metrics
     parts = [metrics[name] for name in ("validation", "test")]
@@ -47,5 +47,5 @@ def test_edits_and_head_learn_more_than_the_head_alone(tmp_path: Path, monkeypat
     monkeypatch.setattr(classifier_runs, "get_peft_model", frozen_edits)
     head_alone = held_out_accuracy(tmp_path / "head")
     print(f"held-out accuracy: edits and head {with_edits:.3f}, head alone {head_alone:.3f}")
-    assert with_edits >= 0.7  # chance is 0.5; of 200 rows
-    assert with_edits >= head_alone + 0.05
+    assert with_edits >= 0.75  # chance is 0.5; of 200 rows
+    assert with_edits >= head_alone + 0.1
