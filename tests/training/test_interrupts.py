@@ -64,9 +64,15 @@ class Stop(TrainerCallback):
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, event: str, step: int, how: str, saved: int
+    tmp_path: Path, event: str, step: int, how: str, saved: int, determinism: None
 ) -> None:
-    settings: dict[str, Any] = {"num_train_epochs": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    settings: dict[str, Any] = {
+        "full_determinism": True,
+        "num_train_epochs": 3,
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+    }
     whole = trainer(tmp_path / "whole", reft_model(dropout=0.3), **settings)
     whole.train()
 

@@ -26,8 +26,16 @@ KINDS = {"lora": lora_model, "reft": reft_model}
     ],
     ids=str,
 )
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
-    settings = {"save_strategy": "steps", "save_total_limit": None, "num_train_epochs": 3, **settings}
+def test_a_resumed_run_repeats_the_uninterrupted_one(
+    tmp_path: Path, kind: str, settings: dict[str, Any], determinism: None
+) -> None:
+    settings = {
+        "full_determinism": True,
+        "save_strategy": "steps",
+        "save_total_limit": None,
+        "num_train_epochs": 3,
+        **settings,
+    }
     whole = trainer(tmp_path, KINDS[kind](dropout=0.3), **settings)
     whole.train()
     checkpoint = tmp_path / f"checkpoint-{settings['save_steps']}"

@@ -18,6 +18,7 @@ from reftune.engine import Engine
 from reftune.training.base_identity import base_identity
 from reftune.training.partial_forward import WholeCache, only_blocks, output_of, right_padded
 from reftune.training.prefix_store import PrefixStore
+from reftune.training.row_groups import length_groups, one_more_forward
 
 
 class PrefixReuseOff(Exception):
@@ -60,6 +61,7 @@ class ConstantStates:
         first: index of the first block that training changes.
         store: where results are kept.
         others_use_it: whether other trainings use the store too, of whose models the keys must tell this one apart.
+        alone: compute each row by itself, so that its bits do not depend on the rows beside it.
 
     Attributes:
         shared: what all rows begin with and no edit touches.
@@ -68,10 +70,18 @@ class ConstantStates:
     """
 
     def __init__(
-        self, model: Any, engine: Engine, owner: Any, blocks: Any, first: int, store: PrefixStore, others_use_it: bool
+        self,
+        model: Any,
+        engine: Engine,
+        owner: Any,
+        blocks: Any,
+        first: int,
+        store: PrefixStore,
+        others_use_it: bool,
+        alone: bool,
     ) -> None:
         self.model, self.engine, self.owner, self.blocks, self.first = model, engine, owner, blocks, first
-        self.store = store
+        self.store, self.alone = store, alone
         self.shared = torch.empty(0, dtype=torch.long)
         self.root: Tensor | None = None
         self.as_tuple = 0
@@ -88,16 +98,20 @@ class ConstantStates:
         self._compute_root(device)  # also where another training stored everything else
         found = [(self.store.get(scope + row.prefix_key()), self.store.get(scope + row.tail_key())) for row in rows]
         missing = [i for i, (prefix, tail) in enumerate(found) if prefix is None or (tail is None and self.first > 0)]
-        # On a CPU each row by itself: its bits do not depend on the rows beside it then, and a resumed run, which meets
-        # it in other company, goes on exactly. An accelerator would idle: there they are computed together.
-        groups = [[i] for i in missing] if device.type == "cpu" else [missing] if missing else []
-        for group in groups:
+        for group in self._together(missing, [len(rows[i].ids) for i in missing], device):
             for index, (kv, hidden) in zip(group, self._compute([rows[i] for i in group], device), strict=True):
                 prefix, tail = found[index] = {"kv": kv}, {"hidden": hidden}
                 self.store.put(scope + rows[index].prefix_key(), prefix)
                 self.store.put(scope + rows[index].tail_key(), tail)
         prefixes = [prefix["kv"] for prefix, _ in found if prefix is not None]
         return prefixes, [tail["hidden"] if tail is not None else torch.empty(0) for _, tail in found]
+
+    def _together(self, missing: list[int], lengths: list[int], device: torch.device) -> list[list[int]]:
+        """Which rows are computed in one forward: by length, or each alone where its bits must not depend on others."""
+        if self.alone or not missing:
+            return [[index] for index in missing]
+        cost = one_more_forward(self.model, device)
+        return [[missing[i] for i in group] for group in length_groups(lengths, cost)]
 
     @torch.no_grad()
     def _compute(self, rows: list[Row], device: torch.device) -> list[tuple[Tensor, Tensor]]:

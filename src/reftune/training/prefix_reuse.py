@@ -91,12 +91,13 @@ class PrefixReuse:
         model: a causal language model with ReFT adapters, in any wrapping.
         store: where results are kept.
         others_use_it: whether other trainings use the store too, of whose models the keys must tell this one apart.
+        alone: compute what is constant of each row by itself, so that its bits do not depend on the rows beside it.
 
     Raises:
         PrefixReuseOff: something here makes it inexact or useless.
     """
 
-    def __init__(self, model: nn.Module, store: PrefixStore, others_use_it: bool = False) -> None:
+    def __init__(self, model: nn.Module, store: PrefixStore, others_use_it: bool = False, alone: bool = False) -> None:
         self.model: Any = plain_model(model)
         engine = Engine.of(self.model)
         if engine is None or not engine.active_positions():
@@ -116,7 +117,9 @@ class PrefixReuse:
         at_lowest = [p.site for p in placements if p.site.layer == lowest]
         outputs_only = all(s.side == "output" and s.module_path == s.block_path for s in at_lowest)
         self.first = lowest + 1 if outputs_only else lowest
-        self.constant = ConstantStates(self.model, engine, self.owner, self.blocks, self.first, store, others_use_it)
+        self.constant = ConstantStates(
+            self.model, engine, self.owner, self.blocks, self.first, store, others_use_it, alone
+        )
         self._edited_at: set[int] = set()
         self._checked = False
         self._edited = torch.empty(0, dtype=torch.long)  # what all rows begin with, edited alike in each

@@ -26,6 +26,7 @@ class PrefixSwitch:
         disk: whether memory-mapped files take what memory does not.
         store: what earlier trainings stored and later ones may use, kept open here; its own budget holds, and the two
             arguments above have no meaning then. None: a store of this training's own.
+        alone: compute what is constant of each row by itself: slower, and bit for bit the same in any company.
 
     Attributes:
         status: ``"on"``, or ``"off"`` with the reason.
@@ -38,6 +39,7 @@ class PrefixSwitch:
         datasets: list[Any],
         disk: bool = True,
         store: PrefixStore | None = None,
+        alone: bool = False,
     ) -> None:
         if mode not in ("auto", "on", "off"):
             raise ReftuneError(f"prefix_reuse={mode!r}: must be one of auto, on, off.")
@@ -49,7 +51,7 @@ class PrefixSwitch:
         self._disk_bytes = None if disk else 0
         self._datasets = [rows for rows in datasets if rows is not None]
         self._reuse: PrefixReuse | None = None
-        self._shared_store = store
+        self._shared_store, self._alone = store, alone
         self._counted_before = store.counts() if store is not None else {}
 
     def forward(self, model: nn.Module, inputs: dict[str, Any]) -> SupervisedLogits:
@@ -89,9 +91,9 @@ class PrefixSwitch:
 
     def _begin(self, model: nn.Module) -> PrefixReuse:
         if self._shared_store is not None:
-            reuse = PrefixReuse(model, self._shared_store, others_use_it=True)
+            reuse = PrefixReuse(model, self._shared_store, others_use_it=True, alone=self._alone)
         else:
-            reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes))
+            reuse = PrefixReuse(model, PrefixStore(self._bytes, self._disk_bytes), alone=self._alone)
         reuse.share_beginning_of(lambda: (row for dataset in self._datasets for row in dataset))
         return reuse
 

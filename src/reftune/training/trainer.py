@@ -52,7 +52,8 @@ class ReftTrainer(Trainer):
     - the loss is computed from logits at supervised positions alone (``args.supervised_logits_only``), equal to the
       model's own; a model that cannot (an encoder-decoder, say) takes the plain path, the reason logged once;
     - ``train(resume_from_checkpoint=True)`` takes the newest complete checkpoint and goes on bit for bit, in the middle
-      of an epoch or of a logging interval too;
+      of an epoch or of a logging interval too (with prefix reuse to rounding, because what was stored is computed again
+      beside other rows; bit for bit under ``args.full_determinism``);
     - Ctrl-C saves a checkpoint and raises `KeyboardInterrupt`; a full disk raises `ReftuneError` and leaves the earlier
       checkpoints whole;
     - input embeddings are never made to require gradients, so that nothing below the first edited layer runs backward;
@@ -139,6 +140,7 @@ class ReftTrainer(Trainer):
             getattr(self.args, "prefix_cache_gib", None),
             [self.train_dataset, *evaluated],
             store=store,
+            alone=self.args.full_determinism,
         )
         if self.args.neftune_noise_alpha:
             switch.switch_off("NEFTune changes the embeddings in every step")
