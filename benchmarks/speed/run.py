@@ -22,7 +22,7 @@ def run_worker(task: Path, system: str, epochs: int, *more: str) -> dict[str, An
     Raises:
         RuntimeError: the worker failed; its last lines.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     if system in ("pyreft", "adapters"):
         from reftune.models import bundled_folder
 
