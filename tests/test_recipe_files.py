@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from reftune.cli import app
 from reftune.errors import ReftuneError
 from reftune.evaluation.tasks import TASKS
-from reftune.recipes import read_yaml, recipe_fields, resolve_recipe
+from reftune.recipe_values import read_yaml
+from reftune.recipes import recipe_fields, resolve_recipe
 from reftune.runs import training_arguments
 from tests.cli.tiny_folder import save_tiny_model
 

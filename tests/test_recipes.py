@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from reftune.errors import ReftuneError
-from reftune.recipes import TrainRecipe, read_columns, read_layers, recipe_fields, resolve_recipe
+from reftune.recipe_values import read_columns, read_layers
+from reftune.recipes import TrainRecipe, recipe_fields, resolve_recipe
 
 
 @pytest.mark.parametrize(

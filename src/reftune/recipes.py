@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import difflib
 import os
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from reftune.edits import available_edits
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, BUNDLED_ENCODER
 from reftune.positions import parse_positions
+from reftune.recipe_values import check_names, coerce, read_columns, read_labels, read_layers, read_yaml
 from reftune.training.arguments import no_type_check
 
 RUN_FILE = "run.yaml"
@@ -171,7 +171,7 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            object.__setattr__(self, item.name, _coerce(item, getattr(self, item.name)))
+            object.__setattr__(self, item.name, coerce(item, field_type(item), getattr(self, item.name)))
         if self.glue and not self.train_file:
             object.__setattr__(self, "train_file", GLUE[self.glue].source)
         if not self.train_file:
@@ -304,27 +304,6 @@ def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | No
         raise
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ReftuneError: no such file, not YAML, or no mapping.
-    """
-    if not path.is_file():
-        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
-        near = f"; near it: {', '.join(close)}" if close else ""
-        raise ReftuneError(f"recipe {path}: there is no such file{near}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ReftuneError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ReftuneError(f"recipe {path} holds a {type(values).__name__}; write one `key: value` a line.")
-    return {str(key): value for key, value in values.items()}
-
-
 def check_keys(values: Mapping[str, Any], path: Path) -> None:
     """Refuse keys that are no fields.
 
@@ -334,126 +313,6 @@ def check_keys(values: Mapping[str, Any], path: Path) -> None:
     check_names(values, {item.name: item.metadata["aka"] for item in recipe_fields()}, f"recipe {path}")
 
 
-def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str, what: str = "key") -> None:
-    """Refuse keys that are not among `names`; other libraries' words for them, their values, are told as near.
-
-    Raises:
-        ReftuneError: naming the place, the key (or `what` they are) and the names near it.
-    """
-    for key in values:
-        if key in names:
-            continue
-        known_as = [name for name, others in names.items() if key in others]
-        dashed = key.replace("-", "_")
-        close = known_as or ([dashed] if dashed in names else difflib.get_close_matches(dashed, names, n=3, cutoff=0.5))
-        way_out = f"did you mean {' or '.join(close)}?" if close else f"the {what}s are: {', '.join(names)}."
-        raise ReftuneError(f"{where}: unknown {what} {key!r}; {way_out}")
-
-
-def read_layers(value: Any) -> int | list[int] | Literal["all"]:
-    """`"8"`, `8`, `"3,9,18"`, `[3, 9, 18]` or `"all"`, negatives from the end.
-
-    Raises:
-        ReftuneError: anything else.
-    """
-    if isinstance(value, str) and value.strip().lower() == "all":
-        return "all"
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    try:
-        numbers = [int(str(part).strip()) for part in parts]
-    except ValueError:
-        numbers = []
-    if not numbers or any(isinstance(part, bool) for part in parts):
-        raise ReftuneError(f"layers={value!r}: write a layer number (8), several (3,9,18) or all; -1 is the last.")
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def read_columns(value: Any) -> dict[str, str] | None:
-    """`"prompt=question,completion=answer"` or a mapping.
-
-    Raises:
-        ReftuneError: a part without `=`.
-    """
-    if value is None or value == "":
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): str(column) for name, column in value.items()}
-    found: dict[str, str] = {}
-    for part in str(value).split(","):
-        name, equals, column = part.partition("=")
-        if not equals or not name.strip() or not column.strip():
-            raise ReftuneError(f"columns={value!r}: write field=column, as in prompt=question,completion=answer.")
-        found[name.strip()] = column.strip()
-    return found
-
-
-def read_labels(value: Any) -> list[str] | str | None:
-    """`"no,yes"` or a list of names; `"number"` for a regression.
-
-    Raises:
-        ReftuneError: fewer than two names, a name twice, or one that YAML took for something else.
-    """
-    if value is None or value in ("", NUMBER):
-        return value or None
-    names = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    for name in names:
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ReftuneError(f"labels={value!r}: YAML reads an unquoted no, yes or null otherwise; put it in quotes.")
-    found = [str(name).strip() for name in names]
-    if len(set(found)) < max(2, len(found)) or not all(found):
-        raise ReftuneError(f"labels={value!r}: give at least two different names (no,yes), or {NUMBER!r}.")
-    return found
-
-
 def with_output(recipe: TrainRecipe, output: str | os.PathLike[str]) -> TrainRecipe:
     """The same recipe, writing elsewhere."""
     return replace(recipe, output=str(output))
-
-
-def default_text(item: Field[Any]) -> str | None:
-    """A default as a reader writes it; None where there is none."""
-    if item.default is MISSING or item.default in (None, ""):
-        return None
-    return f"{item.default:g}" if isinstance(item.default, float) else str(item.default)
-
-
-def _coerce(item: Field[Any], value: Any) -> Any:
-    """The value as the field's type, where it can only be meant so (`4e-3` is text to YAML)."""
-    kinds = typing.get_type_hints(TrainRecipe)[item.name]
-    options = (
-        typing.get_args(kinds)
-        if isinstance(kinds, types.UnionType) or typing.get_origin(kinds) is typing.Union
-        else (kinds,)
-    )
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ReftuneError(f"{item.name}=null: give a value, or leave the key out (default {default_text(item)}).")
-    wanted = next(option for option in options if option is not type(None))
-    if typing.get_origin(wanted) is Literal:
-        choices = typing.get_args(wanted)
-        # What YAML makes of the words on and off, and of 4bit without its letters.
-        words: dict[int, str] = {True: "on", False: "off"} if isinstance(value, bool) else {4: "4bit", 8: "8bit"}
-        text = words.get(value, value) if isinstance(value, int) else value
-        if text not in choices:
-            raise ReftuneError(f"{item.name}={value!r}: choose {' or '.join(choices)}.")
-        return text
-    if wanted is bool:
-        if not isinstance(value, bool):
-            raise ReftuneError(f"{item.name}={value!r}: write true or false.")
-        return value
-    if wanted in (int, float):
-        unit = f" of {item.metadata['unit']}" if item.metadata["unit"].isalpha() else ""
-        try:
-            number = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
-            number = None
-        if number is None or number != number or (wanted is int and not number.is_integer()):
-            what = "a whole number" if wanted is int else "a number"
-            raise ReftuneError(f"{item.name}={value!r}: give {what}{unit}.")
-        return int(number) if wanted is int else number
-    if len(options) == 1 or options == (str, type(None)):
-        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-            raise ReftuneError(f"{item.name}={value!r}: give text.")
-        return str(value)
-    return value

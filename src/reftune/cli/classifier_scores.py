@@ -25,7 +25,7 @@ def evaluate_classifier(
     from reftune.data.classification import read_texts
     from reftune.evaluation.classification import evaluate_classification
     from reftune.inference.classifying import load_classifier, training_columns
-    from reftune.recipes import read_columns
+    from reftune.recipe_values import read_columns
     from reftune.runs import readable_disk_errors, write_text
 
     known, names = training_columns(folder)

@@ -153,7 +153,7 @@ def evaluate(
     from reftune.evaluation.heldout import evaluate_rows
     from reftune.inference.generation import GenerationSettings
     from reftune.inference.loading import load_edited
-    from reftune.recipes import read_columns
+    from reftune.recipe_values import read_columns
     from reftune.runs import readable_disk_errors, write_text
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens or 128, batch_size=batch_size)

@@ -32,7 +32,7 @@ def predict(
     from reftune.data.classification import read_texts
     from reftune.errors import ReftuneError
     from reftune.inference.classifying import as_csv, as_jsonl, load_classifier, predict, training_columns
-    from reftune.recipes import read_columns
+    from reftune.recipe_values import read_columns
     from reftune.runs import readable_disk_errors, write_text
 
     writers = {".jsonl": as_jsonl, ".csv": as_csv}

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
-from reftune.recipes import TrainRecipe, check_names, read_layers, recipe_fields
+from reftune.recipe_values import check_names, read_layers
+from reftune.recipes import TrainRecipe, recipe_fields
 
 WEIGHTS = ("lora", "dora")
 OTHERS = ("ia3", "prefix", "prompt", "full", "base")

@@ -11,7 +11,8 @@ import yaml
 
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
-from reftune.recipes import TrainRecipe, check_names, read_yaml, recipe_fields
+from reftune.recipe_values import check_names, read_yaml
+from reftune.recipes import TrainRecipe, recipe_fields
 
 RECIPE_FILE = "comparison.yaml"
 JUDGED_BY = ("final", "best")

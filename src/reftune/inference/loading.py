@@ -14,7 +14,8 @@ from reftune import models
 from reftune.checkpoint import check_weights_file, load_adapter, read_adapter_config
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
-from reftune.recipes import RUN_FILE, read_yaml
+from reftune.recipe_values import read_yaml
+from reftune.recipes import RUN_FILE
 
 logger = logging.getLogger(__name__)
 
