@@ -9,7 +9,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.tasks import TASKS, Task
 from reftune.comparison import Comparison, MethodSummary, summarise
 from reftune.runs import write_text
 
@@ -25,6 +25,9 @@ def write_document(found: list[tuple[Task, Comparison, list[float]]], path: Path
         "rows. p is a paired test against LoRA r8 on the same rows. Seconds are of training, two runs sharing the "
         "machine, one thread each.", "",
     ]  # fmt: skip
+    missing = [other.title for name, other in TASKS.items() if name not in {task.name for task, _, _ in found}]
+    if missing:
+        lines += [f"Not run for this document: {'; '.join(missing)}.", ""]
     verdicts: list[str] = []
     for task, comparison, peer in found:
         summaries = summarise(comparison)

@@ -56,7 +56,6 @@ TASKS = {
                 "DiReFT l1, all layers, r4": {**edit("l1", "all", 4, 2e-3), "method": "direft"},
                 "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 2e-3),
                 "LoReFT prompt, four layers": edit("prompt", FOUR, 4, 6e-3),
-                "LoReFT all tokens, all layers, r1": edit("all", "all", 1, 4e-3),
             },
             {"template": "%s"},
             option_rows=60,
