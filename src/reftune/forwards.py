@@ -58,11 +58,16 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def cached_tokens(cache: Any) -> int:
-    """Tokens per row already in a key-value cache (0 for none); a static cache's count, not its size."""
+def cached_tokens(cache: Any) -> Any:
+    """Tokens per row already in a key-value cache (0 for none); a static cache's count, not its size.
+
+    Returns:
+        An int; inside a graph of ``torch.compile`` a static cache's own tensor, as its value must not be looked at.
+    """
     if cache is None or not hasattr(cache, "get_seq_length"):
         return 0
-    return int(cache.get_seq_length())
+    count = cache.get_seq_length()
+    return int(count) if isinstance(count, Tensor) and not torch.compiler.is_compiling() else count
 
 
 def token_arguments(

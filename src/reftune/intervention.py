@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from reftune.edits import Edit
 from reftune.errors import ReftuneError
-from reftune.positions import NOTHING, Part, PositionPlan, Positions, Rows
+from reftune.position_plan import NOTHING, PositionPlan, Rows
+from reftune.positions import Part, Positions
 from reftune.sites import Site
 
 
@@ -134,7 +135,7 @@ def edit_rows(
     Args:
         hidden: (..., channels).
         edit: maps (rows, width) to (rows, width).
-        rows: flat token indices, or ``EVERY_ROW``.
+        rows: flat token indices, or a bool for each token, or ``EVERY_ROW``.
         columns: the channels that the edit sees; None: all.
         scale: factor on what the edit adds.
         directions: 1 or 0 for each of the edit's r directions on each row; None: all act.
@@ -143,7 +144,11 @@ def edit_rows(
         ReftuneError: the edit changed the shape, or was given directions that it does not have.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    before = flat.index_select(0, rows) if isinstance(rows, Tensor) else flat
+    chosen = rows.unsqueeze(-1) if isinstance(rows, Tensor) and rows.dtype == torch.bool else None
+    if chosen is not None:
+        before = torch.where(chosen, flat, 0)  # what padding holds must not reach the edit's gradients
+    else:
+        before = flat.index_select(0, rows) if isinstance(rows, Tensor) else flat
     index = None if columns is None else torch.tensor(columns, device=hidden.device)
     seen = before if index is None else before.index_select(-1, index)
     after = edit(seen) if directions is None else _edit_along(edit, seen, directions)
@@ -154,6 +159,8 @@ def edit_rows(
     after = after.to(before.dtype)
     if index is not None:
         after = before.index_copy(-1, index, after)
+    if chosen is not None:
+        return torch.where(chosen, after, flat).view_as(hidden)
     return (flat.index_copy(0, rows, after) if isinstance(rows, Tensor) else after).view_as(hidden)
 
 

@@ -14,8 +14,10 @@ from transformers.utils import logging
 
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.positions import NOTHING, Mask, PositionPlan, Positions, read_layout
+from reftune.position_plan import NOTHING, Mask, PositionPlan
+from reftune.positions import Positions, read_layout
 from reftune.prompt_memory import PromptMemory
+from reftune.traced_layout import traced_layout
 
 CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
 """Arguments of ours that any forward takes; they are taken out before the model sees them."""
@@ -98,7 +100,6 @@ class Planner:
         """Whether a forward of the model is under way (otherwise a hook that runs belongs to a recomputation)."""
         return bool(self._calls)
 
-    @torch.compiler.disable()
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Begin a forward of the root, or of a stack that is called by itself: take our arguments out and plan.
 
@@ -172,7 +173,8 @@ class Planner:
             mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
             if isinstance(mask, Tensor) or set(mask) >= set(active):
                 return PositionPlan(None, mask, keep_empty, self.row_adapters, directions)
-        layout = read_layout(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
+        read = traced_layout if torch.compiler.is_compiling() else read_layout
+        layout = read(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
         return PositionPlan(layout, mask, keep_empty, self.row_adapters, directions)
 
     # Recomputation in backward, where a model does not hand the plan down

@@ -18,12 +18,11 @@ twice by one edit, and no response token is ever edited by a prompt position. (R
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reftune.errors import ReftuneError
@@ -148,106 +147,6 @@ def whole_rows(batch: int, sequence: int, device: torch.device) -> TokenLayout:
     return TokenLayout(attended, ordinal, torch.full((batch, 1), sequence, device=device))
 
 
-Mask = Tensor | Mapping[str, Tensor] | None
-"""A caller's ``intervention_mask``: one for every adapter, or one for each by name."""
-
-EVERY_ROW = "every row"
-Rows = Tensor | Literal["every row"] | None
-
-
-class PositionPlan:
-    """What one forward edits: immutable, made once a forward and handed down to every site.
-
-    Rows are indices into the tokens of the hidden state flattened to (batch * sequence, hidden), so that sites whose
-    tensors a model reshapes (OPT, mixtures of experts) read them alike. They are found once for each distinct position
-    and reused by every layer.
-
-    Args:
-        layout: the forward's tokens; None where the model has no token input (images), then read from the hidden state.
-        mask: a caller's ``intervention_mask`` (batch, sequence), which replaces every adapter's positions; or a mapping
-            from adapter names to masks, which replace those adapters' positions.
-        keep_empty: give an empty index rather than None where no row is edited (so that in training every edit takes
-            part in the graph, as distributed training wants it).
-        row_adapters: in a batch of mixed adapters, the name of each row's adapter.
-        directions: which of an edit's r directions act on each row of the batch, (batch, r), by adapter.
-    """
-
-    def __init__(
-        self,
-        layout: TokenLayout | None,
-        mask: Mask = None,
-        keep_empty: bool = False,
-        row_adapters: Sequence[str] | None = None,
-        directions: Mapping[str, Tensor] | None = None,
-    ):
-        self._layout = layout
-        self._mask = mask
-        self._directions = directions or {}
-        self._keep_empty = keep_empty
-        self._row_adapters = row_adapters
-        self._rows: dict[tuple[Positions, Part, str | None, torch.device], Rows] = {}
-
-    def rows(self, positions: Positions, part: Part, hidden: Tensor, adapter: str = "default") -> Rows:
-        """Flat token indices to edit, ``EVERY_ROW`` when that is all of them, None when there are none.
-
-        Args:
-            positions: an edit's positions.
-            part: ``"both"``, or the half of an untied pair.
-            hidden: the tensor about to be edited, (..., hidden), with batch * sequence rows.
-            adapter: the edit's adapter, which matters in a batch of mixed adapters.
-
-        Raises:
-            ReftuneError: the tensor does not hold this forward's tokens.
-        """
-        by_name = self._row_adapters or isinstance(self._mask, Mapping)
-        key = (positions, part, adapter if by_name else None, hidden.device)
-        if key not in self._rows:
-            self._rows[key] = self._find(positions, part, hidden, adapter)
-        return self._rows[key]
-
-    def directions(self, rows: Rows, hidden: Tensor, adapter: str) -> Float[Tensor, "rows r"] | None:
-        """Which directions act on each of these rows (1 or 0), or None where all do on every row.
-
-        Args:
-            rows: what ``rows`` returned.
-            hidden: the same tensor as there.
-            adapter: the edit's adapter.
-        """
-        wanted = self._directions.get(adapter)
-        if wanted is None:
-            return None
-        tokens = hidden.numel() // hidden.shape[-1]
-        found = rows if isinstance(rows, Tensor) else torch.arange(tokens, device=hidden.device)
-        return wanted.to(hidden.device)[found // (tokens // wanted.shape[0])].float()
-
-    @torch.compiler.disable()
-    def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
-        selected = self._mask.get(adapter) if isinstance(self._mask, Mapping) else self._mask
-        if selected is None:
-            layout = self._layout or whole_rows(hidden.shape[0], hidden.shape[1], hidden.device)
-            selected = layout.selected(positions, part)
-        tokens = hidden.numel() // hidden.shape[-1]
-        if selected.numel() != tokens:
-            raise ReftuneError(
-                f"This forward has {tuple(selected.shape)} tokens but the edited tensor holds {tokens}: the model "
-                "changes the sequence between its input and this site. Pass intervention_mask (batch, sequence) for "
-                "that site."
-            )
-        if self._row_adapters:
-            batch, named = selected.shape[0], len(self._row_adapters)
-            if batch % named:
-                raise ReftuneError(f"adapter_names has {named} names for {batch} rows: give one name a row.")
-            own = torch.tensor([name == adapter for name in self._row_adapters], device=selected.device)
-            selected = selected & own.repeat_interleave(batch // named).unsqueeze(-1)
-        rows = selected.flatten().nonzero().squeeze(-1).to(hidden.device)
-        if len(rows) == tokens:
-            return EVERY_ROW
-        return rows if len(rows) or self._keep_empty else None
-
-
-NOTHING: PositionPlan | None = None  # the plan of a decode step: sites return at once
-
-
 def read_layout(
     *,
     batch: int,
@@ -283,7 +182,7 @@ def read_layout(
     Raises:
         ReftuneError: a mask or lengths of a wrong shape, an unknown prompt end, or an empty prompt in training.
     """
-    attended_all = _attended(attention_mask, batch, past_length, sequence, device)
+    attended_all = full_mask(attention_mask, batch, past_length, sequence, device)
     attended = attended_all[:, past_length:]
     ordinal = attended_all.cumsum(-1)[:, past_length:] - 1
     documents = None
@@ -298,7 +197,7 @@ def read_layout(
 
     if prompt_lengths is not None:
         count = batch if documents is None else int(documents.sum())
-        lengths = _check_lengths(prompt_lengths, count, device)
+        lengths = check_lengths(prompt_lengths, count, device)
         if documents is not None:
             return TokenLayout(attended, ordinal, lengths[documents.flatten().cumsum(0) - 1].view(batch, sequence))
         return TokenLayout(attended, ordinal, lengths.view(batch, 1))
@@ -327,7 +226,22 @@ def read_layout(
     return TokenLayout(attended, ordinal, lengths)
 
 
-def _attended(mask: Any, batch: int, past: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch length"]:
+def full_mask(
+    mask: Any, batch: int, past: int, sequence: int, device: torch.device, whole: bool = False
+) -> Bool[Tensor, "batch length"]:
+    """A forward's 2-D attention mask over past and present tokens, (batch, past + sequence).
+
+    Args:
+        mask: as the model was given it; None: everything is attended.
+        batch: of the forward's tokens.
+        past: tokens per row already in the cache.
+        sequence: of the forward's tokens.
+        device: of the result.
+        whole: keep what a mask holds beyond that (a static cache's empty places).
+
+    Raises:
+        ReftuneError: a mask of another shape.
+    """
     if mask is None:
         return torch.ones(batch, past + sequence, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -341,7 +255,7 @@ def _attended(mask: Any, batch: int, past: int, sequence: int, device: torch.dev
         mask = torch.cat([mask.new_ones(batch, past), mask], dim=1)
     if mask.shape[0] != batch or mask.shape[1] < past + sequence:
         raise ReftuneError(f"attention_mask has shape {tuple(mask.shape)}, expected {(batch, past + sequence)}.")
-    return mask[:, : past + sequence]
+    return mask if whole else mask[:, : past + sequence]
 
 
 def _documents(
@@ -381,9 +295,14 @@ def _lengths_from_labels(
     return torch.minimum(firsts, sizes)[document].view(batch, sequence)
 
 
-def _check_lengths(lengths: Any, count: int, device: torch.device) -> Int[Tensor, " count"]:
+def check_lengths(lengths: Any, count: int | None, device: torch.device) -> Int[Tensor, " count"]:
+    """Prompt lengths as integers, one for each of ``count`` rows or documents (None: of any number).
+
+    Raises:
+        ReftuneError: another shape or type.
+    """
     lengths = torch.as_tensor(lengths, device=device)
-    if lengths.is_floating_point() or lengths.ndim != 1 or lengths.shape[0] != count:
+    if lengths.is_floating_point() or lengths.ndim != 1 or count not in (None, lengths.shape[0]):
         raise ReftuneError(
             f"prompt_lengths has shape {tuple(lengths.shape)} and type {lengths.dtype}: it takes one integer for each "
             f"of the {count} rows (or packed documents), the number of attended prompt tokens."

@@ -11,7 +11,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from reftune.errors import ReftuneError
-from reftune.positions import NOTHING, Mask, PositionPlan, Positions, TokenLayout, read_layout
+from reftune.position_plan import NOTHING, Mask, PastPrompt, PositionPlan
+from reftune.positions import Positions, TokenLayout, read_layout
+from reftune.traced_layout import traced_layout
 
 
 @dataclass
@@ -26,6 +28,7 @@ class PromptMemory:
         directions: the directions that act on each row, by adapter name.
         encoder_mask: the same over an encoder-decoder's encoder input.
         first_edited: the first cache column that an edit touched so far (a later turn re-prefills from there).
+        read: whether a forward has taken in the end of the prompt, so that what follows is generated.
     """
 
     attended: Bool[Tensor, "batch length"]
@@ -33,16 +36,22 @@ class PromptMemory:
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     encoder_mask: Any = None
     first_edited: int | None = field(default=None, init=False)
+    read: bool = field(default=False, init=False)
 
-    def is_past(self, past_length: int) -> bool:
-        """Whether a forward after ``past_length`` cached tokens holds generated tokens only."""
-        return past_length >= self.attended.shape[1]
+    def is_past(self, past_length: Any) -> bool:
+        """Whether a forward after ``past_length`` cached tokens holds generated tokens only.
+
+        A static cache counts in a tensor, at which a graph must not look: there an earlier forward has seen it.
+        """
+        if isinstance(past_length, Tensor) and torch.compiler.is_compiling():
+            return self.read
+        return bool(past_length >= self.attended.shape[1])
 
     def plan(
         self,
         batch: int,
         sequence: int,
-        past_length: int,
+        past_length: Any,
         active: Mapping[str, Positions],
         device: torch.device,
         row_adapters: Sequence[str] | None = None,
@@ -52,42 +61,63 @@ class PromptMemory:
         Args:
             batch: of the forward's tokens, a multiple of the prompt's.
             sequence: of the forward's tokens.
-            past_length: tokens in the cache before it.
+            past_length: tokens in the cache before it, an int or a static cache's tensor.
             active: positions of the active adapters.
             device: of the forward's tokens.
             row_adapters: as for ``PositionPlan``.
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            past_length = int(past_length)
+            self.read = self.read or past_length + sequence >= self.attended.shape[1]
         masked = active if isinstance(self.mask, Tensor) else self.mask or {}
-        if self.is_past(past_length) and all(p.stays_in_prompt or name in masked for name, p in active.items()):
+        edits_on = any(not p.stays_in_prompt and name not in masked for name, p in active.items())
+        is_past = self.is_past(past_length)
+        if is_past and not edits_on:
             return NOTHING
         rows, length = self.attended.shape
         if batch % rows:
             raise ReftuneError(f"generate began with {rows} rows and now runs {batch}: positions cannot be kept.")
-        total = past_length + sequence
+        copies = batch // rows
+        directions = {name: one.repeat_interleave(copies, dim=0) for name, one in self.directions.items()}
+        if is_past:
+            if self.first_edited is None:
+                self.first_edited = length if compiling else past_length
+            return PastPrompt(batch, list(masked), row_adapters, directions)
 
-        def grown(mask: Tensor, fill: bool) -> Tensor:
-            mask = mask.to(device).repeat_interleave(batch // rows, dim=0)
-            if total > length:
-                mask = torch.cat([mask, mask.new_full((batch, total - length), fill)], dim=1)
-            return mask[:, :total]
+        def seen(mask: Tensor, fill: bool) -> Tensor:
+            """A mask over the prompt, for the present tokens and those before them."""
+            mask = mask.to(device).repeat_interleave(copies, dim=0)
+            if isinstance(past_length, Tensor):
+                return torch.cat([mask, mask.new_full((batch, sequence), fill)], dim=1)
+            if past_length + sequence > length:
+                mask = torch.cat([mask, mask.new_full((batch, past_length + sequence - length), fill)], dim=1)
+            return mask[:, : past_length + sequence]
 
-        attended = grown(self.attended, True)
-        lengths = self.attended.sum(-1).to(device).repeat_interleave(batch // rows)
-        layout = read_layout(
+        def present(mask: Tensor) -> Tensor:
+            mask = seen(mask, False)
+            if isinstance(past_length, Tensor):
+                columns = torch.arange(sequence, device=device) + past_length
+                return mask.index_select(1, columns.clamp(max=mask.shape[1] - 1))
+            return mask[:, past_length:]
+
+        layout = (traced_layout if compiling else read_layout)(
             batch=batch,
             sequence=sequence,
             device=device,
             past_length=past_length,
-            attention_mask=attended,
-            prompt_lengths=lengths,
+            attention_mask=seen(self.attended, True),
+            prompt_lengths=self.attended.sum(-1).to(device).repeat_interleave(copies),
         )
         mask: Mask = None
         if isinstance(self.mask, Mapping):
-            mask = {name: grown(one, False)[:, past_length:] for name, one in self.mask.items()}
+            mask = {name: present(one) for name, one in self.mask.items()}
         elif self.mask is not None:
-            mask = grown(self.mask, False)[:, past_length:]
-        self._remember_first_edit(layout, mask, past_length, active)
-        directions = {name: one.repeat_interleave(batch // rows, dim=0) for name, one in self.directions.items()}
+            mask = present(self.mask)
+        if compiling:  # which token was the first is a value
+            self.first_edited = 0
+        else:
+            self._remember_first_edit(layout, mask, past_length, active)
         return PositionPlan(layout, mask, row_adapters=row_adapters, directions=directions)
 
     def _remember_first_edit(

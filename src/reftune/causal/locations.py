@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
-from reftune.positions import EVERY_ROW, Rows, TokenLayout, parse_positions
+from reftune.position_plan import EVERY_ROW, Rows
+from reftune.positions import TokenLayout, parse_positions
 from reftune.sites import Site, find_sites, find_stacks, resolve_layers
 
 Indices = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | str | None

@@ -45,7 +45,8 @@ class RotatedEdit(Edit):
                 f"parametrization={parametrization!r}: must be one of {', '.join(get_args(Parametrization))}"
             )
         self.parametrization = parametrization
-        self._seen: object = None
+        self._seen: object = None  # the stored rotation that the trained parameters are known to stand for
+        self._folded: object = None  # the reflectors that the stored rotation is known to stand for
         if parametrization == "householder":
             self.register_buffer("rotation", torch.empty(r, width))
             self.register_buffer("basis", torch.empty(width, width), persistent=False)
@@ -65,9 +66,19 @@ class RotatedEdit(Edit):
         """R in `dtype`, orthonormal now, and differentiable with respect to what is trained."""
         if self.parametrization == "householder":
             self._follow_loaded_rotation()
+            if self._may_fold(dtype):
+                if self._folded != (stands_for := self._identify(self.reflectors)):
+                    self.retract_()
+                    self._folded = stands_for
+                return self.rotation
             return householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
         self._retract_if_moved()
         return orthonormal(self.rotation).to(dtype)
+
+    def _may_fold(self, dtype: torch.dtype) -> bool:
+        """Whether a Householder rotation may be computed once for many forwards: inference, on tensors of our own."""
+        ours = isinstance(self.reflectors, nn.Parameter) and dtype == self.rotation.dtype
+        return ours and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def retract_(self) -> None:
         """**Makes `rotation` orthonormal now**, or what the reflectors stand for; idempotent."""
@@ -100,15 +111,19 @@ class RotatedEdit(Edit):
             self.reflectors = nn.Parameter(start, requires_grad=self.reflectors.requires_grad)
         else:
             self.reflectors.data.copy_(start)
-        self._seen = self._identify()
+        self._seen, self._folded = self._identify(), None
 
-    def _identify(self) -> tuple[int, int]:
-        return id(self.rotation), -1 if self.rotation.is_inference() else self.rotation._version
+    def _identify(self, tensor: Tensor | None = None) -> tuple[int, int]:
+        tensor = self.rotation if tensor is None else tensor
+        return id(tensor), -1 if tensor.is_inference() else tensor._version
 
     def train(self, mode: bool = True) -> "RotatedEdit":
-        """As `nn.Module.train`; the first evaluation after training looks at the rotation once more."""
+        """As `nn.Module.train`; evaluation begins by retracting, which a compiled forward does not do."""
+        self._folded = None
         if self.parametrization == "cholesky":
             self._seen = None
+            if not mode and type(self.rotation) is nn.Parameter:
+                self._retract_if_moved()
         return super().train(mode)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -140,11 +155,12 @@ class RotatedEdit(Edit):
         in_sync = self.parametrization == "householder" and self._seen == self._identify()
         super()._apply(*args, **kwargs)
         self._seen = self._identify() if in_sync else None
+        self._folded = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         in_sync = self.parametrization == "householder" and self._seen == self._identify()
-        return {**self.__dict__, "_seen": _IN_SYNC if in_sync else None}
+        return {**self.__dict__, "_seen": _IN_SYNC if in_sync else None, "_folded": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
