@@ -51,12 +51,12 @@ class Gated(nn.Module):
 
 def test_the_librarys_methods_are_known_by_name() -> None:
     names = ["consreft", "direft", "direft_orthogonal", "lobireft", "loreft", "nodireft", "noreft"]
-    assert available_edits() == names
+    assert set(names) <= set(available_edits())  # other tests register their own
     assert edit_class("loreft") is LoreftEdit and edit_class("nodireft") is DireftEdit
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
-    with pytest.raises(ReftuneError, match=r"method='lorefft': unknown; known are consreft, .*loreft.*register_edit"):
+    with pytest.raises(ReftuneError, match=r"method='lorefft': unknown; known are .*consreft, .*loreft.*register_edit"):
         make_edit("lorefft", WIDTH, RANK)
 
 
