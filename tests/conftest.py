@@ -22,3 +22,11 @@ torch.set_num_threads(1)
 def _fixed_seed() -> None:
     """Each test starts from the same random state, whatever ran before it in the same worker."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that a test registers goes with it."""
+    from reftune.edits import registry
+
+    monkeypatch.setattr(registry, "_EDITS", dict(registry._EDITS))

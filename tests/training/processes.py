@@ -82,7 +82,7 @@ def play(name: str, folder: Path, batch: int) -> dict[str, Any]:
 
 def resume(folder: Path, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same training whole, and resumed from a checkpoint after three of its eight steps."""
-    settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None}
+    settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None, "full_determinism": True}
     whole = made("reused", folder / "whole", batch, **settings)
     whole.train()
     again = made("reused", folder / "again", batch, **settings)
