@@ -96,8 +96,8 @@ def document(output: Path) -> list[str]:
     lines = [
         "# Results", "",
         f"`make bench` on {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32, "
-        "SmolLM2-135M-Instruct; interleaved rounds, medians with ranges. Every system trains on the same batches with its "
-        "own trainer. No GPU was used: `benchmarks/gpu.py` is for real sizes and has not been run. The floor is the frozen "
+        "SmolLM2-135M-Instruct; interleaved rounds, medians with ranges. Every system trains on the same rows, in batches "
+        "of the same size, with its own trainer (adapters' shuffles them). No GPU was used: `benchmarks/gpu.py` is for real sizes and has not been run. The floor is the frozen "
         "model's forward and the backward of its activations over the batch as padded, logits where something is learned.",
         "", *bars(kept),
     ]  # fmt: skip

@@ -8,7 +8,6 @@ import os
 import resource
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -18,21 +17,9 @@ logging.disable(logging.WARNING)
 
 import pyreft  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from peer_model import EpochClock, smollm2  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
-
-
-def smollm2(folder):
-    config = json.loads((Path(folder) / "config.json").read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    for name in ("dtype", "transformers_version", "_model_name_or_path"):
-        config.pop(name, None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    missing = model.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False).missing_keys
-    model.tie_weights()
-    assert set(missing) <= {"lm_head.weight"}, missing
-    return model
+from transformers import TrainingArguments  # noqa: E402
 
 
 def places(positions, length):
@@ -42,17 +29,6 @@ def places(positions, length):
     prefix = min(int(first[1:]), length // 2)
     suffix = min(int(last[1:]), length - prefix)
     return [*range(prefix), *range(length - suffix, length)]
-
-
-class Clock(TrainerCallback):
-    def __init__(self):
-        self.seconds = []
-
-    def on_epoch_begin(self, *_, **__):
-        self.begin = time.perf_counter()
-
-    def on_epoch_end(self, *_, **__):
-        self.seconds.append(time.perf_counter() - self.begin)
 
 
 def edited(task, folder):
@@ -86,7 +62,7 @@ def collator(task):
 def main():
     task, epochs, folder = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(2)
-    collate, clock = collator(task), Clock()
+    collate, clock = collator(task), EpochClock()
     trainer = pyreft.ReftTrainerForCausalLM(
         model=edited(task, folder),
         args=TrainingArguments(

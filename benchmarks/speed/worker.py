@@ -16,9 +16,10 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import reftune  # noqa: E402
+from benchmarks.speed.peer_model import EpochClock  # noqa: E402
 from reftune.data.collating import CompletionCollator  # noqa: E402
 from reftune.models import load  # noqa: E402
 from reftune.training import ReftTrainer, ReftTrainingArguments  # noqa: E402
@@ -26,19 +27,6 @@ from reftune.training.loss import completion_loss  # noqa: E402
 from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
 from reftune.training.row_groups import ONE_MORE_FORWARD, plain_groups  # noqa: E402
 from reftune.training.supervised_logits import supervised_forward  # noqa: E402
-
-
-class EpochClock(TrainerCallback):
-    """Seconds of each epoch."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.begin = time.perf_counter()
-
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
 
 
 def adapter(task: dict[str, Any], system: str) -> Any:

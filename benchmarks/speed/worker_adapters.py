@@ -7,7 +7,6 @@ import os
 import resource
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -17,32 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import adapters  # noqa: E402
 import torch  # noqa: E402
 from adapters import AdapterTrainer, LoReftConfig  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from peer_model import EpochClock, smollm2  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
-
-
-def smollm2(folder):
-    config = json.loads((Path(folder) / "config.json").read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    for name in ("dtype", "transformers_version", "_model_name_or_path"):
-        config.pop(name, None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    missing = model.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False).missing_keys
-    model.tie_weights()
-    assert set(missing) <= {"lm_head.weight"}, missing
-    return model
-
-
-class Clock(TrainerCallback):
-    def __init__(self):
-        self.seconds = []
-
-    def on_epoch_begin(self, *_, **__):
-        self.begin = time.perf_counter()
-
-    def on_epoch_end(self, *_, **__):
-        self.seconds.append(time.perf_counter() - self.begin)
+from transformers import TrainingArguments  # noqa: E402
 
 
 def main():
@@ -67,7 +43,7 @@ def main():
             "attention_mask": pad_sequence([torch.ones(len(r["input_ids"]), dtype=torch.long) for r in rows], True, 0),
         }
 
-    clock = Clock()
+    clock = EpochClock()
     trainer = AdapterTrainer(
         model=model,
         args=TrainingArguments(
