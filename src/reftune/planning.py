@@ -15,9 +15,9 @@ from transformers.utils import logging
 from reftune.errors import ReftuneError
 from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
 from reftune.position_plan import NOTHING, Mask, PositionPlan
-from reftune.positions import Positions, read_layout
+from reftune.positions import Positions
 from reftune.prompt_memory import PromptMemory
-from reftune.traced_layout import traced_layout
+from reftune.traced_layout import layout_of
 
 CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
 """Arguments of ours that any forward takes; they are taken out before the model sees them."""
@@ -173,8 +173,7 @@ class Planner:
             mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
             if isinstance(mask, Tensor) or set(mask) >= set(active):
                 return PositionPlan(None, mask, keep_empty, self.row_adapters, directions)
-        read = traced_layout if torch.compiler.is_compiling() else read_layout
-        layout = read(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
+        layout = layout_of(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
         return PositionPlan(layout, mask, keep_empty, self.row_adapters, directions)
 
     # Recomputation in backward, where a model does not hand the plan down

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from reftune.errors import ReftuneError
 from reftune.position_plan import NOTHING, Mask, PastPrompt, PositionPlan
-from reftune.positions import Positions, TokenLayout, read_layout
-from reftune.traced_layout import traced_layout
+from reftune.positions import Positions, TokenLayout
+from reftune.traced_layout import layout_of
 
 
 @dataclass
@@ -101,7 +101,7 @@ class PromptMemory:
                 return mask.index_select(1, columns.clamp(max=mask.shape[1] - 1))
             return mask[:, past_length:]
 
-        layout = (traced_layout if compiling else read_layout)(
+        layout = layout_of(
             batch=batch,
             sequence=sequence,
             device=device,

@@ -14,7 +14,19 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reftune.errors import ReftuneError
-from reftune.positions import IGNORED_LABEL, TokenLayout, check_lengths, full_mask
+from reftune.positions import IGNORED_LABEL, TokenLayout, check_lengths, full_mask, read_layout
+
+
+def layout_of(**arguments: Any) -> TokenLayout:
+    """The layout of one forward, read as its surroundings allow: inside a graph by arithmetic, else by looking.
+
+    Args:
+        **arguments: those of ``read_layout``.
+
+    Raises:
+        ReftuneError: as there.
+    """
+    return (traced_layout if torch.compiler.is_compiling() else read_layout)(**arguments)
 
 
 def traced_layout(

@@ -44,7 +44,7 @@ from reftune.training.partial_forward import (
 )
 from reftune.training.prefix_obstacles import obstacle, sharding_obstacle
 from reftune.training.prefix_store import PrefixStore
-from reftune.training.row_groups import length_groups, one_more_forward
+from reftune.training.row_groups import PLAIN_INPUTS, length_groups, one_more_forward
 from reftune.training.shared_beginning import shared_beginning
 from reftune.training.supervised_logits import plain_model, shifted, supervised_forward
 
@@ -184,7 +184,7 @@ class PrefixReuse:
         return self._reduce(rows, device, one_more_forward(self.model, device))
 
     def _rows(self, inputs: Mapping[str, Any]) -> list[Row]:
-        unknown = set(inputs) - {"input_ids", "attention_mask", "labels", "prompt_lengths"}
+        unknown = set(inputs) - PLAIN_INPUTS
         if unknown or "prompt_lengths" not in inputs or "input_ids" not in inputs:
             raise PrefixReuseOff(f"batches carry {sorted(unknown) or 'no prompt_lengths'}")
         ids, targets = inputs["input_ids"].cpu(), shifted(inputs["labels"]).cpu()
