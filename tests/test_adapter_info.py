@@ -6,9 +6,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import reftune
 from reftune.adapter_info import read_adapter_info
+from reftune.cli import app
 from tests.tiny_models import TINY
 
 
@@ -52,3 +54,12 @@ def test_an_edit_with_an_activation_has_tensor_norms_alone(tmp_path: Path) -> No
     (edit,) = read_adapter_info(_saved(tmp_path, r=2, layers_to_transform=0, act_fn="relu", init="paper")).edits
     assert edit.linear_norm is None and edit.constant_norm is None
     assert set(edit.norms) == {"rotation", "weight", "bias"}
+
+
+def test_the_table_marks_what_each_edit_of_a_pair_touches(tmp_path: Path) -> None:
+    settings = {"r": 2, "layers_to_transform": [1], "positions": "f1+l2+generated", "share_weights": False}
+    result = CliRunner().invoke(app, ["info", str(_saved(tmp_path, **settings))])
+    assert result.exit_code == 0, result.output
+    marks = [[letter for letter in line if letter in "●·"] for line in result.output.splitlines()]
+    assert [row for row in marks if row] == [list("●···"), list("··●●")]
+    assert all(name in result.output for name in ("first 1", "rest", "last 2", "answer"))

@@ -10,7 +10,7 @@ from tiny_models import CAUSAL, ENCODER_DECODERS, TINY
 
 import reftune
 
-POSITIONS = ["l1", "f2", "f2+l3", "prompt", "all"]
+POSITIONS = ["l1", "f2", "f2+l3", "prompt", "all", "generated", "f1+l2+generated"]
 
 
 def edited(name: str = "llama", positions: str = "l1", **options):

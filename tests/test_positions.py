@@ -12,12 +12,12 @@ from reftune.position_plan import EVERY_ROW, PositionPlan
 from reftune.positions import read_layout
 from reftune.prompt_memory import PromptMemory
 
-SPECS = st.one_of(
+ENDS = st.one_of(
     st.integers(1, 9).map(lambda n: f"f{n}"),
     st.integers(1, 9).map(lambda n: f"l{n}"),
     st.tuples(st.integers(1, 9), st.integers(1, 9)).map(lambda ab: f"f{ab[0]}+l{ab[1]}"),
-    st.sampled_from(["prompt", "all"]),
 )
+SPECS = st.one_of(ENDS, ENDS.map(lambda ends: f"{ends}+generated"), st.sampled_from(["prompt", "generated", "all"]))
 CPU = torch.device("cpu")
 
 
@@ -27,12 +27,52 @@ def edited_rows(spec: str, part: str = "both", **arguments) -> list[list[int]]:
     return [row.nonzero().squeeze(-1).tolist() for row in layout.selected(parse_positions(spec), part)]
 
 
-@pytest.mark.parametrize("text", ["f7+l7", "l1", "f3", "prompt", "all", " F2 + L3 ", "ALL"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f7+l7",
+        "l1",
+        "f3",
+        "prompt",
+        "all",
+        " F2 + L3 ",
+        "ALL",
+        "generated",
+        "l1 + Generated",
+        "f2+generated",
+        "f2+l3+generated",
+    ],
+)
 def test_a_position_string_parses_to_its_normal_form(text: str):
     assert parse_positions(text).text == text.lower().replace(" ", "")
 
 
-@pytest.mark.parametrize("text", ["", "+", "f0", "l00", "l", "f3l2", "f3+", "+l2", "x", "l2+f1", "f1+f2", "f-1", "7"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "+",
+        "f0",
+        "l00",
+        "l",
+        "f3l2",
+        "f3+",
+        "+l2",
+        "x",
+        "l2+f1",
+        "f1+f2",
+        "f-1",
+        "7",
+        "+generated",
+        "l1generated",
+        "generated+l1",
+        "generated+generated",
+        "prompt+l1",
+        "prompt+f1",
+        "all+generated",
+        "l1+all",
+    ],
+)
 def test_a_string_that_is_no_position_is_refused_with_the_grammar(text: str):
     with pytest.raises(ReftuneError, match="fN .*lN .*fA\\+lB"):
         parse_positions(text)
@@ -66,7 +106,7 @@ def test_padding_side_and_batch_do_not_change_what_is_edited(spec: str, prompts:
     ]
     assert edited_rows(spec, **size, attention_mask=mask, labels=labels) == expected
     assert edited_rows(spec, **size, attention_mask=mask, prompt_lengths=torch.tensor(prompts)) == expected
-    if spec != "all":
+    if spec != "all" and "generated" not in spec:
         for columns, start, n in zip(expected, starts, prompts, strict=True):
             assert all(start <= column < start + n for column in columns), "a response token was edited"
 
@@ -117,9 +157,28 @@ def test_chunks_beams_and_candidates_inside_generate_edit_the_same_tokens(
 
 
 def test_an_untied_pair_splits_the_tokens_between_its_two_edits():
-    size = {"batch": 1, "sequence": 6, "prompt_lengths": torch.tensor([5])}
+    size = {"batch": 1, "sequence": 7, "prompt_lengths": torch.tensor([5])}
     assert edited_rows("f3+l3", "prefix", **size) == [[0, 1]]
     assert edited_rows("f3+l3", "suffix", **size) == [[2, 3, 4]]
+    assert edited_rows("f3+l3+generated", "prefix", **size) == [[0, 1]]
+    assert edited_rows("f3+l3+generated", "suffix", **size) == [[2, 3, 4, 5, 6]]
+
+
+def test_generated_tokens_belong_to_the_suffix_edit_of_an_untied_pair_in_decode_steps_too():
+    positions, hidden = parse_positions("f1+l1+generated"), torch.zeros(2, 1, 3)
+    plan = PromptMemory(torch.ones(2, 4, dtype=torch.bool)).plan(2, 1, 4, {"default": positions}, CPU)
+    assert plan.rows(positions, "prefix", hidden) is None
+    assert plan.rows(positions, "suffix", hidden) == EVERY_ROW
+
+
+def test_the_prompt_and_what_follows_it_are_all():
+    assert parse_positions("prompt + generated") == parse_positions("all")
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_l1_and_generated_are_the_tokens_that_predict_the_completion(prompt: int, response: int):
+    predicting = parse_positions("l1+generated").ordinals(prompt, prompt + response)
+    assert predicting == {label - 1 for label in range(prompt, prompt + response)} | {prompt + response - 1}
 
 
 def test_a_row_without_labels_counts_as_all_prompt():

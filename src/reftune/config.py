@@ -59,7 +59,8 @@ class ReftConfig(PeftConfig):
     positions: str = field(
         default="l1",
         metadata={
-            "help": "Which tokens: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token."
+            "help": "Which tokens: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token; "
+            "+generated adds those after the prompt, as in l1+generated."
         },
     )
     share_weights: bool = field(

@@ -30,7 +30,7 @@ def merge_constant(engine: Engine, names: list[str], safe: bool = False) -> None
             if placement is None:
                 continue
             edit = intervention.reft_edits[name]
-            if placement.positions.kind != "all":
+            if not placement.positions.everywhere:
                 raise ReftuneError(
                     f"adapter {name!r} edits at positions={placement.positions.text!r}: it acts on some tokens and not "
                     "on others, which no weight does, so ReFT at positions cannot be merged. Keep the adapter attached "

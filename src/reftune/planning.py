@@ -162,7 +162,7 @@ class Planner:
             if intervention_mask is not None
             else {}
         )
-        needs_prompt = any(positions.needs_prompt for name, positions in active.items() if name not in masked)
+        needs_prompt = any(not positions.everywhere for name, positions in active.items() if name not in masked)
         settled = prompt_lengths is not None
         found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
         if found is None:

@@ -142,7 +142,7 @@ class PastPrompt(PositionPlan):
         self._masked = tuple(masked)
 
     def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
-        if positions.stays_in_prompt or adapter in self._masked:
+        if not positions.generated or part == "prefix" or adapter in self._masked:
             return None
         if not self._row_adapters:
             return EVERY_ROW

@@ -9,10 +9,11 @@ The words used here, and everywhere else in the library:
 - **prompt length** ``n``: how many attended tokens of the row belong to the prompt. The last prompt token is ``l1``.
 
 Grammar (``parse_positions``): ``fN`` the first N prompt tokens, ``lN`` the last N, ``fA+lB`` both, ``prompt`` every
-prompt token, ``generated`` every token after the prompt, ``all`` both. A prompt of n tokens gives ``fA+lB`` the prefix
-``min(A, n // 2)`` and the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no token is edited
-twice by one edit, and no response token is ever edited by a prompt position. (ReFT paper, arXiv 2404.03592, section
-3.3, with the short-prompt rule made exact.)
+prompt token, ``generated`` every token after the prompt, ``all`` the prompt and those after it. ``+generated`` goes
+with any of them: ``l1+generated`` are exactly the tokens that predict the completion. A prompt of n tokens gives
+``fA+lB`` the prefix ``min(A, n // 2)`` and the suffix ``min(B, n - prefix)``; one side alone takes ``min(N, n)``. So no
+token is edited twice by one edit, and no response token is ever edited by a prompt position. (ReFT paper, arXiv
+2404.03592, section 3.3, with the short-prompt rule made exact; ``generated`` is ours.)
 """
 
 from __future__ import annotations
@@ -37,25 +38,27 @@ class Positions:
 
     Attributes:
         text: the string as given, normalised (``"f7+l7"``).
-        kind: ``"ends"`` for a prefix and/or suffix of the prompt, ``"prompt"``, ``"all"`` or ``"generated"``.
         prefix: number of tokens asked for at the prompt's start (0: none).
         suffix: number of tokens asked for at the prompt's end (0: none).
+        prompt: every prompt token.
+        generated: every token after the prompt.
     """
 
     text: str
-    kind: Literal["ends", "prompt", "all", "generated"]
     prefix: int = 0
     suffix: int = 0
+    prompt: bool = False
+    generated: bool = False
 
     @property
-    def needs_prompt(self) -> bool:
-        """Whether the prompt's end must be known (false for ``all`` alone)."""
-        return self.kind != "all"
+    def everywhere(self) -> bool:
+        """Whether every token is edited, so that the prompt's end need not be known."""
+        return self.prompt and self.generated
 
     @property
-    def stays_in_prompt(self) -> bool:
-        """Whether no generated token is ever edited, so that a decode step has nothing to do."""
-        return self.kind not in ("all", "generated")
+    def spares_beginning(self) -> bool:
+        """Whether a prompt's beginning is never edited (but for prompts as short as the suffix)."""
+        return not self.prompt and self.prefix == 0
 
     @property
     def has_two_ends(self) -> bool:
@@ -71,20 +74,25 @@ class Positions:
     def ordinals(self, prompt_length: int, total: int | None = None) -> set[int]:
         """The edited ordinals of one row of ``total`` attended tokens, for display and for tests."""
         total = prompt_length if total is None else total
-        if self.kind == "all":
-            return set(range(total))
-        if self.kind in ("prompt", "generated"):
-            return set(range(prompt_length)) if self.kind == "prompt" else set(range(prompt_length, total))
+        after = set(range(prompt_length, total)) if self.generated else set()
+        if self.prompt:
+            return set(range(prompt_length)) | after
         prefix, suffix = (int(count) for count in self.counts(torch.tensor(prompt_length)))
-        return set(range(prefix)) | set(range(prompt_length - suffix, prompt_length))
+        return set(range(prefix)) | set(range(prompt_length - suffix, prompt_length)) | after
+
+
+_GRAMMAR = re.compile(
+    r"(?:(?P<prompt>prompt)|(?:f(?P<prefix>0*[1-9]\d*))?(?:(?:^|(?<=\d)\+)l(?P<suffix>0*[1-9]\d*))?)"
+    r"(?P<generated>(?:^|(?<=.)\+)generated)?"
+)
 
 
 def parse_positions(text: str) -> Positions:
     """Read a position string.
 
     Args:
-        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"`` or ``"all"``; spaces, capitals do not
-            matter.
+        text: ``"fN"``, ``"lN"``, ``"fA+lB"``, ``"prompt"``, ``"generated"``, one of these ``"+generated"``, or
+            ``"all"``; spaces, capitals do not matter.
 
     Raises:
         ReftuneError: the string does not parse, or asks for zero tokens.
@@ -92,20 +100,17 @@ def parse_positions(text: str) -> Positions:
     if isinstance(text, Positions):
         return text
     compact = re.sub(r"\s+", "", str(text)).lower()
-    if compact in ("prompt", "all", "generated"):
-        return Positions(compact, compact)  # type: ignore[arg-type]
-    match = re.fullmatch(r"(?:f(?P<prefix>\d+))?(?P<plus>\+)?(?:l(?P<suffix>\d+))?", compact)
-    sides = match and [match["prefix"], match["suffix"]]
-    if not match or not any(sides or ()) or bool(match["plus"]) != all(sides or ()) or "0" in map(_plain, sides or ()):
+    if compact in ("all", "prompt+generated"):
+        return Positions("all", prompt=True, generated=True)
+    match = _GRAMMAR.fullmatch(compact)
+    if not compact or not match:
         raise ReftuneError(
             f"positions={text!r} does not parse. Write fN (the first N prompt tokens), lN (the last N), fA+lB (both), "
-            "prompt (every prompt token), generated (those after it) or all (both); for example 'l1' or 'f7+l7'."
+            "prompt (every prompt token), generated (those after it), any of these +generated, or all; for example "
+            "'l1', 'f7+l7' or 'l1+generated'."
         )
-    return Positions(compact, "ends", int(match["prefix"] or 0), int(match["suffix"] or 0))
-
-
-def _plain(number: str | None) -> str | None:
-    return None if number is None else str(int(number))
+    prefix, suffix = int(match["prefix"] or 0), int(match["suffix"] or 0)
+    return Positions(compact, prefix, suffix, bool(match["prompt"]), bool(match["generated"]))
 
 
 @dataclass(frozen=True)
@@ -124,20 +129,24 @@ class TokenLayout:
     prompt_length: Int[Tensor, "batch _"] | None
 
     def selected(self, positions: Positions, part: Part = "both") -> Bool[Tensor, "batch sequence"]:
-        """The tokens that an edit at ``positions`` touches (``part``: of an untied pair, the prefix or the suffix)."""
-        if positions.kind == "all":
+        """The tokens that an edit at ``positions`` touches.
+
+        Args:
+            positions: of the edit.
+            part: of an untied pair, the edit of the prefix, or that of the suffix and what follows it.
+        """
+        if positions.everywhere:
             return self.attended
         assert self.prompt_length is not None
         in_prompt = self.attended & (self.ordinal < self.prompt_length)
-        if positions.kind == "prompt":
-            return in_prompt
-        if positions.kind == "generated":
-            return self.attended & ~in_prompt
         prefix, suffix = positions.counts(self.prompt_length)
-        in_prefix = self.ordinal < prefix
-        in_suffix = self.ordinal >= self.prompt_length - suffix
-        chosen = {"both": in_prefix | in_suffix, "prefix": in_prefix, "suffix": in_suffix}[part]
-        return in_prompt & chosen
+        in_prefix = in_prompt & (self.ordinal < prefix)
+        in_suffix = in_prompt & (self.ordinal >= self.prompt_length - suffix)
+        if positions.prompt:
+            in_prefix = in_prompt
+        if positions.generated:
+            in_suffix = in_suffix | (self.attended & ~in_prompt)
+        return {"both": in_prefix | in_suffix, "prefix": in_prefix, "suffix": in_suffix}[part]
 
 
 def whole_rows(batch: int, sequence: int, device: torch.device) -> TokenLayout:

@@ -71,7 +71,7 @@ class PromptMemory:
             past_length = int(past_length)
             self.read = self.read or past_length + sequence >= self.attended.shape[1]
         masked = active if isinstance(self.mask, Tensor) else self.mask or {}
-        edits_on = any(not p.stays_in_prompt and name not in masked for name, p in active.items())
+        edits_on = any(p.generated and name not in masked for name, p in active.items())
         is_past = self.is_past(past_length)
         if is_past and not edits_on:
             return NOTHING

@@ -115,7 +115,8 @@ class TrainRecipe:
     )
     positions: str = _option(
         "l1", "Adapter",
-        "Tokens to edit: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token.",
+        "Tokens to edit: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token; "
+        "+generated adds those after the prompt, as in l1+generated.",
         aka=("position",),
     )  # fmt: skip
     component: str = _option(

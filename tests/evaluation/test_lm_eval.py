@@ -89,7 +89,7 @@ def slow_request(lm: ReftuneLM, context: str, continuation: str) -> float:
     return slow_score(lm, before, lm.tok_encode(continuation))
 
 
-@pytest.mark.parametrize("positions", ["l1", "f2+l2", "prompt", "generated", "all"])
+@pytest.mark.parametrize("positions", ["l1", "f2+l2", "prompt", "generated", "l1+generated", "all"])
 def test_each_context_is_the_prompt_of_its_continuation(positions: str, adapter: Any) -> None:
     lm = harness_model(adapter(positions))
     found = [value for value, _ in lm.loglikelihood(requests(*REQUESTS), disable_tqdm=True)]

@@ -91,7 +91,7 @@ def counted_tokens(model: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("positions", ["l1", "f2+l2", "prompt", "all", "generated"])
+@pytest.mark.parametrize("positions", ["l1", "f2+l2", "prompt", "all", "generated", "l1+generated"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_score_as_in_a_full_forward_each(family: str, positions: str) -> None:
     model = edited(family, positions)

@@ -38,6 +38,13 @@ ADAPTERS = {
     "untied": {"positions": "f2+l2", "layers_to_transform": [1, 2], "share_weights": False},
     "shared and edited": {"positions": "f2+l2", "layers_to_transform": "all"},
     "every prompt token": {"positions": "prompt", "layers_to_transform": [0, 2], "component": "block_input"},
+    "predicting tokens": {"positions": "l1+generated", "layers_to_transform": "all"},
+    "generated tokens": {"positions": "generated", "layers_to_transform": [1, 2]},
+    "untied, generated tokens too": {
+        "positions": "f2+l2+generated",
+        "layers_to_transform": [1, 2],
+        "share_weights": False,
+    },
     "every token": {"positions": "all", "layers_to_transform": "all", "component": "mlp_output"},
 }
 

@@ -65,16 +65,16 @@ def _map(found: AdapterInfo) -> Table:
 def _position_columns(found: AdapterInfo) -> list[tuple[str, tuple[str, ...]]]:
     """The stretches of a row from its first token to its last, each with the parts of an edit that touch it."""
     positions, every = found.positions, ("both", "prefix", "suffix")
-    if positions.kind != "ends":
-        in_prompt, after = positions.kind != "generated", positions.kind in ("all", "generated")
-        return [("prompt", every if in_prompt else ()), ("answer", every if after else ())]
+    after = ("answer", ("both", "suffix") if positions.generated else ())
+    if not positions.prefix and not positions.suffix:
+        return [("prompt", every if positions.prompt else ()), after]
     columns: list[tuple[str, tuple[str, ...]]] = []
     if positions.prefix:
         columns.append((f"first {positions.prefix}", ("both", "prefix")))
     columns.append(("rest", ()))
     if positions.suffix:
         columns.append((f"last {positions.suffix}", ("both", "suffix")))
-    return [*columns, ("answer", ())]
+    return [*columns, after]
 
 
 def _number(value: float | None) -> str:

@@ -182,23 +182,31 @@ def _label_points(
         for dx in ((8,) if abs(dy) < 12 else (3,))
     ]
     for point, (x, y), item in zip(points, taken, items, strict=True):
-        width, height = 5.4 * scale * len(item.name), 11 * scale
+        written: Any = axes.annotate(
+            item.name,
+            point,
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=colours[item.name],
+        )
+        extent = written.get_window_extent()
+        width, height = extent.width, extent.height
         best: tuple[float, tuple[float, float, str], tuple[float, float, float, float]] | None = None
         for dx, dy, side in offsets:
             left = x + dx * scale - (width if side == "right" else 0)
             bottom = y + dy * scale - height / 2
             box = (left, bottom, left + width, bottom + height)
             cost = sum(_overlap(box, other) for other in boxes) + abs(dy) * 0.1
-            cost += 1e3 * (box[0] < inside.x0 or box[2] > inside.x1 + 8 or box[1] < inside.y0 or box[3] > inside.y1)
+            cost += 1e3 * (box[0] < inside.x0 or box[2] > inside.x1 or box[1] < inside.y0 or box[3] > inside.y1)
             if best is None or cost < best[0]:
                 best = (cost, (dx, dy, side), box)
         assert best is not None
         _, (dx, dy, side), box = best
         boxes.append(box)
-        axes.annotate(
-            item.name, point, xytext=(dx, dy), textcoords="offset points",
-            ha=side, va="center", fontsize=9, color=colours[item.name],
-        )  # fmt: skip
+        written.set_position((dx, dy))
+        written.set_horizontalalignment(side)
 
 
 def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:

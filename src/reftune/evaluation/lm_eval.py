@@ -167,7 +167,7 @@ class ReftuneLM(_HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         engine = Engine.of(plain_model(self.model))
         active = engine.active_positions() if engine is not None else {}
-        if any(positions.needs_prompt for positions in active.values()):
+        if any(not positions.everywhere for positions in active.values()):
             logger.warning("Perplexity of texts: they have no prompt, so the prefix token alone is taken for one.")
         rows: list[ScoredRow] = []
         owners: list[int] = []

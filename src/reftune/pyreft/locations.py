@@ -23,7 +23,7 @@ def parse_positions(positions: str) -> tuple[int, int]:
         ReftuneError: the string does not parse, or names something else than first and last tokens.
     """
     found = read_positions(positions)
-    if found.kind != "ends":
+    if found.prompt or found.generated:
         raise ReftuneError(f"positions={positions!r}: pyreft's helpers take fN, lN or fA+lB.")
     return found.prefix, found.suffix
 
@@ -61,7 +61,7 @@ def get_intervention_locations(
         raise ReftuneError(
             f"first_n={first_n}, last_n={last_n}, last_position={last_position}: there is nothing to edit."
         )
-    asked = Positions("", "ends", first_n, last_n)
+    asked = Positions("", first_n, last_n)
     counts = asked.counts(torch.tensor(last_position))
     prefix = list(range(int(counts[0])))
     suffix = list(range(last_position - int(counts[1]), last_position))

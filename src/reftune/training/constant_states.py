@@ -33,7 +33,7 @@ class Row:
         ids: its tokens up to the last one that predicts something.
         prompt_length: tokens of the prompt.
         targets: what each of those tokens is to predict, -100 for nothing.
-        begin: where its first edited token stands.
+        begin: where its tail begins, at its first edited token or its last prompt token.
     """
 
     ids: Tensor

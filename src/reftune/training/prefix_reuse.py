@@ -45,7 +45,7 @@ from reftune.training.partial_forward import (
 from reftune.training.prefix_obstacles import obstacle, sharding_obstacle
 from reftune.training.prefix_store import PrefixStore
 from reftune.training.row_groups import PLAIN_INPUTS, length_groups, one_more_forward
-from reftune.training.shared_beginning import shared_beginning
+from reftune.training.shared_beginning import first_in_tail, shared_beginning
 from reftune.training.supervised_logits import plain_model, shifted, supervised_forward
 
 WORTH_IT = 0.1
@@ -159,7 +159,7 @@ class PrefixReuse:
     @property
     def has_prefix(self) -> bool:
         """Whether the positions leave the prompt's beginning alone."""
-        return all(p.kind == "ends" and p.prefix == 0 for p in self.positions)
+        return all(p.spares_beginning for p in self.positions)
 
     # A step
 
@@ -198,7 +198,7 @@ class PrefixReuse:
         rows = []
         for row, length in enumerate(lengths):
             own = ids[row][attended[row]]
-            begin = min(min(p.ordinals(length, len(own)), default=length) for p in self.positions)
+            begin = first_in_tail(self.positions, length, len(own))
             if begin < len(self.constant.shared) or not self._begins_alike(own, length):
                 raise OtherBatch
             predicts = targets[row][attended[row]]

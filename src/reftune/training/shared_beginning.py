@@ -43,8 +43,19 @@ def shared_beginning(
 
 def _limit(length: int, total: int, positions: Sequence[Positions], edited: bool) -> tuple[int, set[int]]:
     """How many of a row's tokens may be shared, and which of its tokens are edited."""
-    touched = set().union(*(p.ordinals(length, total) for p in positions))
     if not edited:
-        return min(touched, default=length), set()
-    last = length - 1  # the last prompt token predicts the first of the completion, and stays with the row
-    return max(last, 0), touched
+        return first_in_tail(positions, length, total), set()
+    return max(length - 1, 0), set().union(*(p.ordinals(length, total) for p in positions))
+
+
+def first_in_tail(positions: Sequence[Positions], prompt_length: int, total: int) -> int:
+    """Where what training changes begins: at the first edited token, and no later than the last prompt token.
+
+    The last prompt token predicts the completion's first, so that it stays even where an edit leaves it alone.
+
+    Args:
+        positions: the active positions.
+        prompt_length: of the row, in tokens.
+        total: tokens of the row.
+    """
+    return min([max(prompt_length - 1, 0), *(o for p in positions for o in p.ordinals(prompt_length, total))])
