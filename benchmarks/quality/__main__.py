@@ -1,9 +1,10 @@
 """Held-out quality of ReFT beside LoRA and pyreft on tasks that SmolLM2-135M can learn; writes QUALITY.md.
 
-Usage: python -m benchmarks.quality [--tasks arc,arithmetic,persona] [--seeds 0,1,2] [--jobs 2] [--output FOLDER]
+Usage: python -m benchmarks.quality [--search] [--tasks arc,arithmetic,persona] [--seeds 0,1,2] [--jobs 2]
 
-Every method trains with `reftune compare` on the same rows in the same order. What was run is kept in the output folder,
-so that a broken-off benchmark goes on, and the document can be written again from what is there (--document-only).
+Every method trains with `reftune compare` on the same rows in the same order, with the learning rate that did best on
+other rows (--search tries them and writes learning_rates.json). What was run is kept in the output folder, so that a
+broken-off benchmark goes on, and the document can be written again from what is there (--document-only).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.quality.document import write_document
-from benchmarks.quality.tasks import DATA, TASKS, Task, prepare
+from benchmarks.quality.rates import search, shared_settings, with_rates
+from benchmarks.quality.tasks import DATA, REFERENCE, TASKS, Rows, Task, write_rows
 from benchmarks.speed.peers import interpreter
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, write_report
 from reftune.models import bundled_folder, load
@@ -28,18 +30,20 @@ HERE = Path(__file__).parent
 
 
 def compare(task: Task, seeds: list[int], output: Path, jobs: int, document_only: bool) -> Comparison:
+    rows, options = Rows.of(task), {}
+    if rows.options:
+        path = output / f"{task.name}-options.jsonl"
+        options["options"] = write_rows(rows.options, path, ("prompt", "options", "answer"))
     recipe = resolve_comparison(
         {
-            "model": "smollm2",
-            "epochs": 3,
-            "batch_size": 8,
+            **shared_settings(task, rows, output),
+            "eval_file": write_rows(rows.held_out, output / f"{task.name}-held-out.jsonl"),
+            **options,
             "seeds": seeds,
             "output": str(output / task.name),
-            "reference": "LoRA r8, lr 3e-3",
+            "reference": REFERENCE,
             "title": task.title,
-            "methods": task.methods,
-            **prepare(task, output),
-            **task.shared,
+            "methods": with_rates(task),
         }  # fmt: skip
     )
     found = run_comparison(recipe, jobs=jobs, report_only=document_only)
@@ -87,6 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("out/quality"), help="where runs are kept")
     parser.add_argument("--document-only", action="store_true", help="run nothing; write QUALITY.md from what is there")
+    parser.add_argument("--search", action="store_true", help="choose the learning rates, and nothing else")
     parser.add_argument("--without-pyreft", action="store_true", help="leave pyreft out")
     arguments = parser.parse_args()
     if not DATA.is_dir():
@@ -98,12 +103,16 @@ def main() -> None:
     for name in arguments.tasks.split(","):
         task = TASKS[name]
         Console(stderr=True).print(f"[bold]{task.title}")
+        if arguments.search:
+            search(task, output, arguments.jobs)
+            continue
         comparison = compare(task, seeds, output, arguments.jobs, arguments.document_only)
         peer = []
         if task.pyreft and not arguments.without_pyreft:
             peer = pyreft_losses(task, comparison, output, arguments.document_only)
         found.append((task, comparison, peer))
-    write_document(found, HERE.parent / "QUALITY.md", HERE.parent / "pictures")
+    if not arguments.search:
+        write_document(found, HERE.parent / "QUALITY.md", HERE.parent / "pictures")
 
 
 if __name__ == "__main__":

@@ -11,70 +11,95 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from reftune.data.persona import load_demo
+from reftune.runs import write_text
+
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 FOUR = [10, 14, 18, 22]
-LORA = {"method": "lora", "target_modules": ["q_proj", "v_proj"]}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison: its rows, the shared settings, and the methods that are compared."""
+    """One comparison: its rows, the shared settings, and the methods that are compared.
+
+    Attributes:
+        name: of its files and pictures.
+        title: of its section.
+        methods: by name; `lr` holds the learning rates that are tried on validation rows.
+        shared: settings of all methods.
+        train_rows, validation_rows, held_out_rows, option_rows: how many of each.
+        pyreft: the method that pyreft is trained beside, with equal settings.
+    """
 
     name: str
     title: str
     methods: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
     train_rows: int = 80
-    held_out_rows: int = 40
+    validation_rows: int = 40
+    held_out_rows: int = 60
     option_rows: int = 0
     pyreft: str = ""
-    """The method that pyreft is trained beside, with equal settings."""
 
 
-def edit(positions: str, layers: Any, rank: int, lr: float, **more: Any) -> dict[str, Any]:
+def edit(positions: str, layers: Any, rank: int, *lr: float, **more: Any) -> dict[str, Any]:
     return {"method": "loreft", "positions": positions, "layers": layers, "rank": rank, "lr": lr, **more}
 
 
-def lora(rank: int, lr: float) -> dict[str, Any]:
-    return {**LORA, "rank": rank, "lr": lr}
+def direft(positions: str, layers: Any, rank: int, *lr: float) -> dict[str, Any]:
+    return edit(positions, layers, rank, *lr, method="direft")
 
+
+def lora(rank: int, *lr: float) -> dict[str, Any]:
+    return {"method": "lora", "target_modules": ["q_proj", "v_proj"], "rank": rank, "lr": lr}
+
+
+REFERENCE = "LoRA r8"
+PAPER = "LoReFT l1, all layers, r4, paper's start"
 
 TASKS = {
     task.name: task
     for task in (
         Task(
             "arc",
-            "ARC-Easy, the answer's text after a solved example: long prompts, short completions",
+            "ARC-Easy, the answer's text after four solved examples: long prompts, short completions",
             {
                 "base": "base",
-                "LoRA r8, lr 3e-3": lora(8, 3e-3),
-                "LoRA r1": lora(1, 3e-3),
-                "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
-                "LoReFT l1, all layers, r1": edit("l1", "all", 1, 4e-3),
-                "LoReFT l1, all layers, r4": edit("l1", "all", 4, 2e-3),
-                "LoReFT l1, all layers, r4, paper's start": edit("l1", "all", 4, 2e-3, init="paper"),
-                "DiReFT l1, all layers, r4": {**edit("l1", "all", 4, 2e-3), "method": "direft"},
-                "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 2e-3),
-                "LoReFT prompt, four layers": edit("prompt", FOUR, 4, 6e-3),
+                REFERENCE: lora(8, 1e-3, 3e-3),
+                "LoRA r1": lora(1, 3e-3, 6e-3),
+                "LoReFT l1, one layer": edit("l1", [14], 4, 4e-3, 8e-3),
+                "LoReFT l1, four layers": edit("l1", FOUR, 4, 3e-3, 6e-3),
+                "LoReFT l1, all layers, r1": edit("l1", "all", 1, 1e-3, 2e-3, 4e-3),
+                "LoReFT l1, all layers, r4": edit("l1", "all", 4, 1e-3, 2e-3),
+                PAPER: edit("l1", "all", 4, 1e-3, 2e-3, init="paper"),
+                "DiReFT l1, all layers, r4": direft("l1", "all", 4, 1e-3, 2e-3),
+                "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 2e-3, 4e-3),
+                "LoReFT prompt, all layers, r1": edit("prompt", "all", 1, 1e-3, 2e-3),
+                "LoReFT l1+generated, all layers, r1": edit("l1+generated", "all", 1, 1e-3, 2e-3),
+                "DiReFT l1+generated, all layers, r1": direft("l1+generated", "all", 1, 1e-3, 2e-3),
+                "LoReFT all tokens, all layers, r1": edit("all", "all", 1, 1e-3, 2e-3, 4e-3),
+                "DiReFT all tokens, all layers, r1": direft("all", "all", 1, 5e-4, 1e-3, 2e-3),
             },
-            {"template": "%s"},
+            {"template": "%s", "batch_size": 8},
             option_rows=60,
-            pyreft="LoReFT l1, all layers, r4, paper's start",
+            pyreft=PAPER,
         ),
         Task(
             "arithmetic",
             "Word problems with worked steps: short prompts, long completions",
             {
                 "base": "base",
-                "LoRA r8, lr 3e-3": lora(8, 3e-3),
-                "LoRA r1": lora(1, 3e-3),
-                "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
-                "LoReFT l1, all layers, r4": edit("l1", "all", 4, 2e-3),
-                "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 2e-3),
-                "LoReFT all tokens, four layers": edit("all", FOUR, 4, 6e-3),
+                REFERENCE: lora(8, 1e-3, 3e-3),
+                "LoRA r1": lora(1, 3e-3, 6e-3),
+                "LoReFT l1, all layers, r4": edit("l1", "all", 4, 1e-3, 2e-3),
+                "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 2e-3, 4e-3),
+                "LoReFT l1+generated, all layers, r1": edit("l1+generated", "all", 1, 2e-3, 4e-3),
+                "LoReFT all tokens, all layers, r1": edit("all", "all", 1, 2e-3, 4e-3),
+                "DiReFT all tokens, all layers, r1": direft("all", "all", 1, 1e-3, 2e-3),
             },
-            {"template": "Q: %s"},
+            {"template": "Q: %s", "batch_size": 8},
             train_rows=48,
+            validation_rows=24,
             held_out_rows=24,
         ),
         Task(
@@ -82,35 +107,60 @@ TASKS = {
             "A pirate's manner (the bundled rows): every token of the answer changes",
             {
                 "base": "base",
-                "LoRA r8, lr 3e-3": lora(8, 3e-3),
-                "LoRA r1": lora(1, 3e-3),
-                "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
-                "LoReFT all tokens, four layers": edit("all", FOUR, 4, 6e-3),
-                "DiReFT all tokens, four layers": {**edit("all", FOUR, 4, 6e-3), "method": "direft"},
+                REFERENCE: lora(8, 1e-3, 3e-3),
+                "LoRA r1": lora(1, 3e-3, 6e-3),
+                "LoReFT l1, one layer": edit("l1", [14], 4, 4e-3, 8e-3),
+                "LoReFT l1, four layers": edit("l1", FOUR, 4, 3e-3, 6e-3),
+                "LoReFT all tokens, four layers": edit("all", FOUR, 4, 3e-3, 6e-3),
+                "LoReFT l1+generated, all layers, r1": edit("l1+generated", "all", 1, 2e-3, 4e-3),
+                "LoReFT all tokens, all layers, r1": edit("all", "all", 1, 2e-3, 4e-3),
+                "DiReFT all tokens, all layers, r1": direft("all", "all", 1, 1e-3, 2e-3),
             },
             {"batch_size": 4},
+            train_rows=48,
+            validation_rows=12,
+            held_out_rows=24,
         ),
     )
 }
 
 
-def prepare(task: Task, folder: Path) -> dict[str, Any]:
-    """Write the task's rows and return the files' part of a comparison recipe."""
-    if task.name == "persona":
-        return {"train_file": "demo", "eval_fraction": 0.25}
-    train, held_out = _rows(task.name, "train"), _rows(task.name, "test")
-    files = {
-        "train_file": (train[: task.train_rows], ("prompt", "completion")),
-        "eval_file": (held_out[: task.held_out_rows], ("prompt", "completion")),
-    }
-    if task.option_rows:
-        files["options"] = (held_out[: task.option_rows], ("prompt", "options", "answer"))
-    found = {}
-    for name, (rows, keys) in files.items():
-        path = folder / f"{task.name}-{name}.jsonl"
-        path.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows), encoding="utf-8")
-        found[name] = str(path)
-    return found
+@dataclass(frozen=True)
+class Rows:
+    """A task's rows: those trained on, those that choose the learning rate, and those that are reported."""
+
+    train: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    options: list[dict[str, Any]]
+
+    @staticmethod
+    def of(task: Task) -> Rows:
+        """Read and split a task's rows; the split is the same each time."""
+        if task.name == "persona":
+            rows = [{"prompt": row.messages[-1].content, "completion": row.completion} for row in load_demo()]
+            random.Random(0).shuffle(rows)
+            held_out, train = rows[: task.held_out_rows], rows[task.held_out_rows :]
+        else:
+            train, held_out = _rows(task.name, "train"), _rows(task.name, "test")
+        found = Rows(
+            train[: task.train_rows],
+            train[task.train_rows : task.train_rows + task.validation_rows],
+            held_out[: task.held_out_rows],
+            held_out[: task.option_rows],
+        )
+        short = (len(found.train), len(found.validation), len(found.held_out)) != (
+            task.train_rows, task.validation_rows, task.held_out_rows,
+        )  # fmt: skip
+        if short:
+            raise ValueError(f"{task.name} has too few rows: {len(train)} to train on, {len(held_out)} held out")
+        return found
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path, keys: tuple[str, ...] = ("prompt", "completion")) -> str:
+    """Write rows as JSONL and return the path."""
+    write_text(path, "".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows))
+    return str(path)
 
 
 def _rows(name: str, part: str) -> list[dict[str, Any]]:
@@ -131,7 +181,7 @@ def _read(file: str) -> Sequence[dict[str, Any]]:
     return json.loads((DATA / file).read_text(encoding="utf-8"))
 
 
-SHOWN = range(1)
+SHOWN = range(4)
 """Training rows that every prompt shows solved, as fixed instructions would."""
 
 

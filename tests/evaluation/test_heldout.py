@@ -5,7 +5,7 @@ import torch
 
 from reftune.data.formats import Example, Message
 from reftune.data.tokenising import encode_example
-from reftune.evaluation.heldout import evaluate_rows, exact_match, held_out_loss
+from reftune.evaluation.heldout import evaluate_rows, exact_match, held_out_losses
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel
 from tests.inference.edited import tiny_edited
@@ -35,9 +35,9 @@ def test_the_loss_is_that_of_a_supervised_token(edited: EditedModel, base: bool,
             else:
                 loss = edited.model(input_ids=ids, labels=labels).loss
         total, tokens = total + float(loss) * int((labels != -100).sum()), tokens + int((labels != -100).sum())
-    found, counted = held_out_loss(edited, ROWS, batch_size, base=base)
-    assert counted == tokens
-    assert found == pytest.approx(total / tokens, rel=1e-5)
+    found = held_out_losses(edited, ROWS, batch_size, base=base)
+    assert sum(found.tokens) == tokens
+    assert found.per_token == pytest.approx(total / tokens, rel=1e-5)
 
 
 def test_exact_match_counts_the_rows_whose_greedy_answer_is_the_completion(edited: EditedModel) -> None:

@@ -10,6 +10,17 @@ import typer
 from rich.console import Console
 
 from reftune.cli.app import app
+from reftune.cli.common_options import (
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    SystemPrompt,
+    Temperature,
+    TopP,
+)
 
 _HELP = "/base switches the edit off and on, /reset forgets the conversation, /quit or Ctrl-D ends it."
 
@@ -17,15 +28,15 @@ _HELP = "/base switches the edit off and on, /reset forgets the conversation, /q
 @app.command()
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, above 0 samples.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this share.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes written tokens less likely.")] = 1.1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    system_prompt: Annotated[str | None, typer.Option(help="System message; default: that of training.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model; default: the one it was trained on.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type; default: as trained.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.1,
+    seed: Seed = 0,
+    system_prompt: SystemPrompt = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Talk with an adapter. /base switches the edit off and on, /reset forgets, /quit or Ctrl-D ends."""
     import torch

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reftune.cli.app import app
+from reftune.cli.common_options import Device, Dtype, Model
 from reftune.errors import ReftuneError
 
 
@@ -28,7 +29,7 @@ class Form(str, Enum):
     text = "text"
 
 
-_HELD_OUT, _TASKS, _MODEL = "Held-out rows", "Tasks", "Model"
+_HELD_OUT, _TASKS = "Held-out rows", "Tasks"
 
 
 @app.command("eval")
@@ -116,13 +117,9 @@ def evaluate(
             "which an interrupted evaluation goes on."
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model; default: the one it was trained on.", rich_help_panel=_MODEL)
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type; default: as trained.", rich_help_panel=_MODEL)] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.", rich_help_panel=_MODEL)
-    ] = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Held-out loss and exact match, or accuracy on tasks, of an adapter beside its base model."""
     if (test_file is None) == (task is None):

@@ -9,9 +9,21 @@ import typer
 from rich.console import Console
 
 from reftune.cli.app import app
+from reftune.cli.common_options import (
+    WRITING,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    SystemPrompt,
+    Temperature,
+    TopP,
+)
 from reftune.errors import ReftuneError
 
-_PROMPTS, _WRITING, _MODEL = "Prompts", "Writing", "Model"
+_PROMPTS = "Prompts"
 
 
 @app.command()
@@ -37,30 +49,18 @@ def generate(
     ] = None,
     compare_base: Annotated[
         bool,
-        typer.Option("--compare-base", help="Answer without the edit too, side by side.", rich_help_panel=_WRITING),
+        typer.Option("--compare-base", help="Answer without the edit too, side by side.", rich_help_panel=WRITING),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_WRITING)] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token, above 0 samples.", rich_help_panel=_WRITING)
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this share.", rich_help_panel=_WRITING)
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes written tokens less likely.", rich_help_panel=_WRITING)
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=_WRITING)] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts of one forward pass.", rich_help_panel=_WRITING)] = 8,
-    system_prompt: Annotated[
-        str | None, typer.Option(help="System message; default: that of training.", rich_help_panel=_PROMPTS)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model; default: the one it was trained on.", rich_help_panel=_MODEL)
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type; default: as trained.", rich_help_panel=_MODEL)] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.", rich_help_panel=_MODEL)
-    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts of one forward pass.", rich_help_panel=WRITING)] = 8,
+    system_prompt: SystemPrompt = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Answer prompts with an adapter."""
     from reftune.inference.generation import GenerationSettings, generate_answers

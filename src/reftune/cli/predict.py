@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reftune.cli.app import app
+from reftune.cli.common_options import Device, Dtype, Model
 
 _SHOWN = 20
 
@@ -24,9 +25,9 @@ def predict(
     split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "test",
     limit_rows: Annotated[int | None, typer.Option(help="Only the first so many rows.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 32,
-    model: Annotated[str | None, typer.Option(help="Base model; default: the one it was trained on.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Data type; default: as trained.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the best there is.")] = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """The class of each text of a file with its probability, or the number predicted for it."""
     from reftune.data.classification import read_texts

@@ -11,9 +11,9 @@ from typing import Any
 
 from reftune.comparison.methods import Method
 from reftune.comparison.recipe import CompareRecipe, folder_name
-from reftune.comparison.row_losses import RowLosses
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
+from reftune.evaluation.row_losses import RowLosses
 from reftune.recipes import recipe_fields
 from reftune.runs import write_text
 

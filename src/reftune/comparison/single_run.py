@@ -23,11 +23,11 @@ from reftune.comparison.methods import Adapted, Method, attach_method
 from reftune.comparison.peak_memory import PeakMemory
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.results import RunResult, data_digest, fingerprint, run_folder
-from reftune.comparison.row_losses import RowLosses, row_losses
 from reftune.config import ReftConfig
 from reftune.data.formats import Example
 from reftune.evaluation.heldout import exact_match
 from reftune.evaluation.options import Norm, evaluate_options, read_option_rows
+from reftune.evaluation.row_losses import RowLosses, row_losses
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.recipes import RUN_FILE, TrainRecipe

@@ -1,4 +1,4 @@
-"""Held-out loss row by row, for every method: what intervals and paired tests need."""
+"""Held-out loss row by row, for any causal language model: what means, intervals and paired tests are made of."""
 
 from __future__ import annotations
 
