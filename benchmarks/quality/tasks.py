@@ -89,7 +89,7 @@ TASKS = {
             "Word problems with worked steps: short prompts, long completions",
             {
                 "base": "base",
-                REFERENCE: lora(8, 3e-3, 6e-3),
+                REFERENCE: lora(8, 3e-3, 6e-3, 12e-3),
                 "LoRA r1": lora(1, 6e-3),
                 "LoReFT l1, all layers, r4": edit("l1", "all", 4, 2e-3),
                 "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 4e-3),
@@ -107,8 +107,8 @@ TASKS = {
             "A pirate's manner (the bundled rows): every token of the answer changes",
             {
                 "base": "base",
-                REFERENCE: lora(8, 3e-3, 6e-3),
-                "LoRA r1": lora(1, 6e-3, 12e-3),
+                REFERENCE: lora(8, 3e-3, 6e-3, 12e-3),
+                "LoRA r1": lora(1, 6e-3, 12e-3, 24e-3),
                 "LoReFT l1, one layer": edit("l1", [14], 4, 8e-3),
                 "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3, 12e-3),
                 "LoReFT all tokens, four layers": edit("all", FOUR, 4, 6e-3, 12e-3),
