@@ -65,7 +65,7 @@ TASKS = {
             "ARC-Easy, the answer's text after four solved examples: long prompts, short completions",
             {
                 "base": "base",
-                REFERENCE: lora(8, 2e-3, 4e-3),
+                REFERENCE: lora(8, 1e-3, 2e-3, 4e-3),
                 "LoRA r1": lora(1, 3e-3, 6e-3),
                 "LoReFT l1, one layer": edit("l1", [14], 4, 8e-3),
                 "LoReFT l1, four layers": edit("l1", FOUR, 4, 6e-3),
