@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from reftune.comparison.summary import MethodSummary
 
-COLOURS = ("#3b82c4", "#d97a2b", "#35996b", "#c9565e", "#8a6cc2", "#22979b", "#c063a0", "#96794c", "#6f8fa6", "#a3a02e")
+COLOURS = ("#3b82c4", "#d97a2b", "#35996b", "#c9565e", "#8a6cc2", "#22979b", "#c063a0", "#96794c", "#6f8fa6", "#a3a02e",
+           "#e0559a", "#4f7f1f", "#7a5cff", "#b04a1e", "#1f9fd6", "#98818f")  # fmt: skip
 """By method, in order; each reads on white and on near-black."""
 BASE_COLOUR = "#8a919c"
 _INK = "#010203"
@@ -61,26 +64,26 @@ def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
     return [
         _picture(
             "loss-by-parameters", f"Held-out loss against trained parameters. {bars}",
-            pareto("parameters", "trained parameters", True),
+            pareto("parameters", "trained parameters", True), len(trained),
         ),
         _picture(
             "loss-by-seconds", f"Held-out loss against seconds of training. {bars}",
-            pareto("seconds", "seconds of training", False),
+            pareto("seconds", "seconds of training", False), len(trained),
         ),
         _picture(
             "held-out-loss", "Held-out loss after each epoch; the band reaches from the lowest to the highest seed.",
-            lambda axes: _held_out(axes, trained, colours, base),
+            lambda axes: _held_out(axes, trained, colours, base), len(trained),
         ),
         _picture(
             "training-loss", "Training loss, smoothed, mean over seeds.",
-            lambda axes: _training(axes, trained, colours),
+            lambda axes: _training(axes, trained, colours), len(trained),
         ),
     ]  # fmt: skip
 
 
-def _picture(name: str, caption: str, draw: Callable[[Axes], None]) -> Picture:
+def _picture(name: str, caption: str, draw: Callable[[Axes], None], methods: int = 1) -> Picture:
     def figure(ink: str) -> Figure:
-        made = Figure(figsize=(5.4, 3.9), layout="constrained")
+        made = Figure(figsize=(5.4, 3.9 + 0.14 * max(0, methods - 5)), layout="constrained")
         axes = made.subplots()
         axes.grid(True, color=ink, alpha=0.1, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -152,67 +155,33 @@ def _pareto(
             axes.xaxis.set_major_locator(MaxNLocator(4))
     else:
         span = max(max(costs) - min(costs), 0.2 * max(costs), 1e-9)
-        axes.set_xlim(max(0.0, min(costs) - 0.12 * span), max(costs) + 0.3 * span)
+        axes.set_xlim(max(0.0, min(costs) - 0.12 * span), max(costs) + 0.45 * span)
     steps = sorted(((c, i.loss) for c, i in zip(costs, items, strict=True) if axis in i.frontier))
     axes.plot(*zip(*steps, strict=True), color=BASE_COLOUR, linewidth=1, alpha=0.6, zorder=1)
+    markers: list[Line2D] = []
     for cost, item in zip(costs, items, strict=True):
         colour, seeds = colours[item.name], item.seed_range
         axes.plot([cost, cost], [seeds.low, seeds.high], color=colour, linewidth=1.4, alpha=0.7, zorder=2)
-        axes.plot([cost], [item.loss], marker="o", markersize=6.5, color=colour, zorder=3)
+        markers += axes.plot([cost], [item.loss], marker="o", markersize=6.5, color=colour, zorder=3)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out loss (nats a token)")
-    _label_points(axes, [(c, i.loss) for c, i in zip(costs, items, strict=True)], items, colours)
+    _label_points(axes, markers, [item.name for item in items])
 
 
-def _label_points(
-    axes: Axes, points: Sequence[tuple[float, float]], items: Sequence[MethodSummary], colours: dict[str, str]
-) -> None:
-    """Write each name beside its point, where it covers no other name or point and stays inside."""
+def _label_points(axes: Axes, markers: Sequence[Line2D], names: Sequence[str]) -> None:
+    """Write each name beside its point, clear of the others where there is room, with a line to it where apart."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what was measured stays where it is
-    scale = figure.dpi / 72
-    taken = [axes.transData.transform(point) for point in points]
-    boxes: list[tuple[float, float, float, float]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in taken]
-    inside = axes.get_window_extent()
-    offsets = [
-        (sign * dx, dy, "left" if sign > 0 else "right")
-        for dy in (0, 9, -9, 18, -18, 28, -28)
-        for sign in (1, -1)
-        for dx in ((8,) if abs(dy) < 12 else (3,))
+    figure.set_layout_engine("none")  # what is measured now stays where it is
+    xs, ys = ([float(values[0]) for values in part] for part in zip(*(m.get_data() for m in markers), strict=True))
+    texts = [
+        axes.text(x, y, name, fontsize=8, color=marker.get_color())
+        for x, y, name, marker in zip(xs, ys, names, markers, strict=True)
     ]
-    for point, (x, y), item in zip(points, taken, items, strict=True):
-        written: Any = axes.annotate(
-            item.name,
-            point,
-            xytext=(0, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=colours[item.name],
-        )
-        extent = written.get_window_extent()
-        width, height = extent.width, extent.height
-        best: tuple[float, tuple[float, float, str], tuple[float, float, float, float]] | None = None
-        for dx, dy, side in offsets:
-            left = x + dx * scale - (width if side == "right" else 0)
-            bottom = y + dy * scale - height / 2
-            box = (left, bottom, left + width, bottom + height)
-            cost = sum(_overlap(box, other) for other in boxes) + abs(dy) * 0.1
-            cost += 1e3 * (box[0] < inside.x0 or box[2] > inside.x1 or box[1] < inside.y0 or box[3] > inside.y1)
-            if best is None or cost < best[0]:
-                best = (cost, (dx, dy, side), box)
-        assert best is not None
-        _, (dx, dy, side), box = best
-        boxes.append(box)
-        written.set_position((dx, dy))
-        written.set_horizontalalignment(side)
-
-
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(width, 0.0) * max(height, 0.0)
+    adjust_text(
+        texts, x=xs, y=ys, objects=markers, ax=axes, expand=(1.1, 1.5), force_text=(0.3, 0.6), iter_lim=1000,
+        arrowprops={"arrowstyle": "-", "color": BASE_COLOUR, "linewidth": 0.6, "shrinkB": 4},
+    )  # fmt: skip
 
 
 def _held_out(axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: float | None) -> None:
