@@ -16,11 +16,11 @@ SEED = 0
 
 
 def search(task: Task, output: Path, jobs: int) -> None:
-    """Train every method with each of its rates and write down what came of it."""
+    """Train every method that has several rates with each of them and write down what came of it."""
     rows, trials = Rows.of(task), {}
-    for name, settings in task.methods.items():
-        for rate in settings["lr"] if settings != "base" else ():
-            trials[f"{name} @ {rate:g}"] = {**settings, "lr": rate}
+    for name, rates in _several(task).items():
+        for rate in rates:
+            trials[f"{name} @ {rate:g}"] = {**task.methods[name], "lr": rate}
     recipe = resolve_comparison(
         {
             **shared_settings(task, rows, output),
@@ -48,17 +48,22 @@ def shared_settings(task: Task, rows: Rows, output: Path) -> dict[str, Any]:
 
 
 def with_rates(task: Task) -> dict[str, Any]:
-    """The task's methods, each with the rate that did best."""
-    tried = tried_rates(task)
-    missing = [name for name, settings in task.methods.items() if settings != "base" and name not in tried]
+    """The task's methods, each with the rate that did best, or with its only one."""
+    tried, several = tried_rates(task), _several(task)
+    missing = [name for name in several if name not in tried]
     if missing:
         raise SystemExit(f"{task.name}: no learning rate is known for {', '.join(missing)}: run with --search first")
+    best = {name: float(min(tried[name], key=tried[name].__getitem__)) for name in several}
     return {
-        name: settings
-        if settings == "base"
-        else {**settings, "lr": float(min(tried[name], key=tried[name].__getitem__))}
+        name: settings if settings == "base" else {**settings, "lr": best.get(name, settings["lr"][0])}
         for name, settings in task.methods.items()
     }
+
+
+def _several(task: Task) -> dict[str, tuple[float, ...]]:
+    """The methods that have more than one learning rate to choose from."""
+    rates = {name: settings["lr"] for name, settings in task.methods.items() if settings != "base"}
+    return {name: found for name, found in rates.items() if len(found) > 1}
 
 
 def tried_rates(task: Task) -> dict[str, dict[str, float]]:
