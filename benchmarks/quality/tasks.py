@@ -56,6 +56,7 @@ def lora(rank: int, *lr: float) -> dict[str, Any]:
 
 REFERENCE = "LoRA r8"
 PAPER = "LoReFT l1, all layers, r4, paper's start"
+PYREFT = f"{PAPER}, Householder"
 
 TASKS = {
     task.name: task
@@ -72,6 +73,7 @@ TASKS = {
                 "LoReFT l1, all layers, r1": edit("l1", "all", 1, 1e-3, 2e-3),
                 "LoReFT l1, all layers, r4": edit("l1", "all", 4, 1e-3, 2e-3),
                 PAPER: edit("l1", "all", 4, 2e-3, init="paper"),
+                PYREFT: edit("l1", "all", 4, 2e-3, init="paper", parametrization="householder"),
                 "DiReFT l1, all layers, r4": direft("l1", "all", 4, 2e-3),
                 "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 2e-3, 4e-3),
                 "LoReFT prompt, all layers, r1": edit("prompt", "all", 1, 2e-3),
@@ -82,7 +84,7 @@ TASKS = {
             },
             {"template": "%s", "batch_size": 8},
             option_rows=60,
-            pyreft=PAPER,
+            pyreft=PYREFT,
         ),
         Task(
             "arithmetic",

@@ -130,6 +130,9 @@ class TrainRecipe:
     init: Literal["identity", "paper"] = _option(
         "identity", "Adapter", "Start as the base model ('identity') or at random as the paper's code ('paper')."
     )
+    parametrization: Literal["cholesky", "householder"] = _option(
+        "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
+    )
     epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
     batch_size: int = _option(8, "Training", "Rows of one forward pass.", "rows", ("per_device_train_batch_size",))
     gradient_accumulation: int = _option(
@@ -239,7 +242,8 @@ class TrainRecipe:
         return ReftConfig(
             method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
             positions=self.positions, share_weights=self.share_weights, dropout=self.dropout, act_fn=self.act_fn,
-            init=self.init, task_type="SEQ_CLS" if self.task == "classification" else "CAUSAL_LM",
+            init=self.init, parametrization=self.parametrization,
+            task_type="SEQ_CLS" if self.task == "classification" else "CAUSAL_LM",
             modules_to_save=list(head) or None,
         )  # fmt: skip
 
