@@ -136,6 +136,18 @@ def test_another_recipe_in_the_same_folder_is_refused_until_it_is_overwritten(re
     assert len(swept(recipe, trials=1, overwrite=True).trials) == 1
 
 
+def test_a_sweep_goes_on_after_an_upgrade_that_brought_a_setting(recipe: Path, tmp_path: Path):
+    swept(recipe, trials=1)
+    journal = tmp_path / "out" / "study.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    identity = next(line["user_attr"]["identity"] for line in lines if "identity" in line.get("user_attr", {}))
+    assert identity.pop("parametrization") == "cholesky"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(reftune.ReftuneError, match="with parametrization='cholesky', and this one has 'householder'"):
+        swept(recipe, parametrization="householder")
+    assert len(swept(recipe, trials=2).trials) == 2
+
+
 def test_bad_trials_are_stopped_early(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
     in_order = [{"lr": lr} for lr in (1e-2, 2e-2, 3e-2, 4e-2, 1e-9, 2e-9)]  # the bad ones last
     monkeypatch.setattr("reftune.sweeps.study.draw_distinct", lambda *args: in_order)

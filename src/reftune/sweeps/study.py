@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from reftune.errors import ReftuneError
+from reftune.recipes import recipe_fields
 from reftune.sweeps.recipe import SweepRecipe
 from reftune.sweeps.space import Space, draw_distinct, settings_key
 
@@ -149,6 +150,8 @@ class Study:
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     now = yaml.safe_load(yaml.safe_dump(dict(now)))
+    # A setting that is newer than the folder had its default then.
+    before = {item.name: item.default for item in recipe_fields() if item.name in now} | dict(before)
     for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "search", name)):
         if before.get(name) != now.get(name):
             raise ReftuneError(
