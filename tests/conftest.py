@@ -4,6 +4,7 @@ Nothing of reftune is imported here, so that the jaxtyping hook (see pyproject.t
 """
 
 import os
+import signal
 
 # Before transformers, datasets or the Hub client are imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and tests of Ctrl-C would wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
