@@ -96,7 +96,7 @@ TASKS = {
                 "LoReFT f7+l7, all layers, r1": edit("f7+l7", "all", 1, 4e-3),
                 "LoReFT l1+generated, all layers, r1": edit("l1+generated", "all", 1, 4e-3, 8e-3),
                 "LoReFT all tokens, all layers, r1": edit("all", "all", 1, 4e-3, 8e-3),
-                "DiReFT l1+generated, all layers, r1": direft("l1+generated", "all", 1, 4e-3),
+                "DiReFT l1+generated, all layers, r1": direft("l1+generated", "all", 1, 4e-3, 8e-3, 12e-3),
             },
             {"template": "Q: %s", "batch_size": 8},
             train_rows=48,
