@@ -2,6 +2,7 @@
 
 In the repository a link such as `../CONTRIBUTING.md` opens the file. The site holds `docs/` alone, so here each such
 file gets a page under `repository/`, Markdown as it is and anything else as a code block, and the link leads there.
+Pictures of such pages go along.
 """
 
 import posixpath
@@ -13,6 +14,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s:]+)\)")
 _FENCES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
@@ -24,7 +26,13 @@ def on_files(files: Any, config: Any) -> Any:
         source, _ = queue.pop()
         if source.suffix != ".md":
             continue
-        for _, target, _ in _LINK.findall(source.read_text(encoding="utf-8")):
+        text = source.read_text(encoding="utf-8")
+        for picture in {(source.parent / target).resolve() for target in _PICTURE.findall(text)} - known:
+            if _is_outside(picture):
+                known.add(picture)
+                uri = f"repository/{picture.relative_to(ROOT).as_posix()}"
+                files.append(File.generated(config, uri, abs_src_path=str(picture)))
+        for _, target, _ in _LINK.findall(text):
             found = (source.parent / target).resolve()
             if _is_outside(found) and found not in known:
                 known.add(found)
