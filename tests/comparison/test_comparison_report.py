@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, summarise, write_report
-from reftune.comparison.tables import size_text
+from reftune.comparison.tables import factor_text, size_text
 from reftune.errors import ReftuneError
 
 
@@ -44,6 +44,11 @@ class _Checker(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(1.5, "1.5"), (3.02, "3"), (13.3, "13"), (99.9, "100"), (1234.5, "1,234")])
+def test_a_factor_is_written_plainly(ratio: float, text: str) -> None:
+    assert factor_text(ratio) == text
 
 
 def test_the_page_is_whole_and_fetches_nothing(report: tuple[Comparison, str, str, Path]) -> None:

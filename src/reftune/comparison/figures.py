@@ -13,7 +13,6 @@ import matplotlib
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -93,7 +92,7 @@ def _picture(name: str, caption: str, draw: Callable[[Axes], None], methods: int
     ink: Any = {**_SETTINGS, "svg.hashsalt": name}
     with matplotlib.rc_context(ink):
         made, text = figure(_INK), io.StringIO()
-        FigureCanvasSVG(made)
+        FigureCanvasAgg(made)  # names are placed by the same measures in both renderings
         draw(made.axes[0])
         nothing: Any = {"Creator": None, "Date": None, "Format": None, "Type": None}
         made.savefig(text, format="svg", transparent=True, metadata=nothing)

@@ -113,7 +113,14 @@ def _parameters(item: MethodSummary, reference: MethodSummary) -> str:
     ratio = item.parameters / reference.parameters
     if 0.95 < ratio < 1.05:
         return "as many parameters"
-    return f"1/{1 / ratio:,.2g} of the parameters" if ratio < 1 else f"{ratio:,.2g} times the parameters"
+    return (
+        f"1/{factor_text(1 / ratio)} of the parameters" if ratio < 1 else f"{factor_text(ratio)} times the parameters"
+    )
+
+
+def factor_text(ratio: float) -> str:
+    """A factor of at least 1 as read aloud: 1.5, 3, 13, 1,200."""
+    return f"{ratio:.1f}".removesuffix(".0") if ratio < 10 else f"{ratio:,.0f}"
 
 
 def _times(item: MethodSummary, reference: MethodSummary) -> str:
