@@ -29,7 +29,8 @@ def write_document(found: list[tuple[Task, Comparison, list[float]]], path: Path
         "is 4. Four layers are 10, 14, 18, 22, one layer is 14, all are 30. Edits start as the identity but where "
         "the paper's start is named.", "",
         "Learning rates are those of the ones tried that did best on validation rows, which are neither trained on nor "
-        "reported, with seed 0; the last section has all of them. Where that section lacks a method, its one rate was set beforehand.", "",
+        "reported, with seed 0; the last section has all of them. Where that section lacks a method, its one rate was set "
+        "beforehand.", "",
     ]  # fmt: skip
     missing = [other.title for name, other in TASKS.items() if name not in {task.name for task, _, _ in found}]
     if missing:

@@ -22,6 +22,8 @@ from reftune.data.classification import NUMBER
 from reftune.data.glue import GLUE
 from reftune.data.tokenising import Encoding
 from reftune.edits import available_edits
+from reftune.edits.base import Init
+from reftune.edits.rotated import Parametrization
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, BUNDLED_ENCODER
 from reftune.positions import parse_positions
@@ -127,10 +129,10 @@ class TrainRecipe:
         0.0, "Adapter", "Chance that an element of the edit is dropped in training.", "share, 0 to 1"
     )
     act_fn: str | None = _option(None, "Adapter", "Activation inside the edit (relu, gelu, ...); default: linear.")
-    init: Literal["identity", "paper"] = _option(
+    init: Init = _option(
         "identity", "Adapter", "Start as the base model ('identity') or at random as the paper's code ('paper')."
     )
-    parametrization: Literal["cholesky", "householder"] = _option(
+    parametrization: Parametrization = _option(
         "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
     )
     epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
@@ -269,6 +271,11 @@ class TrainRecipe:
 def recipe_fields() -> list[Field[Any]]:
     """The fields in order: what a command line or a table of options is made from."""
     return list(fields(TrainRecipe))
+
+
+def adapter_keys() -> list[str]:
+    """The fields that describe an edit, `method` first."""
+    return [item.name for item in recipe_fields() if item.metadata["group"] == "Adapter"]
 
 
 def field_type(item: Field[Any]) -> Any:

@@ -23,8 +23,8 @@ COLOURS = ("#3b82c4", "#d97a2b", "#35996b", "#c9565e", "#8a6cc2", "#22979b", "#c
            "#e0559a", "#4f7f1f", "#7a5cff", "#b04a1e", "#1f9fd6", "#98818f")  # fmt: skip
 """By method, in order; each reads on white and on near-black."""
 BASE_COLOUR = "#8a919c"
-_INK = "#010203"
-"""Stands for the text colour until the SVG is written, where it becomes the page's."""
+_INK = "#1f2430"
+"""The text colour of the PNG; in the SVG it becomes the page's."""
 _SETTINGS = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK,
     "xtick.color": _INK, "ytick.color": _INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
@@ -80,28 +80,20 @@ def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
     ]  # fmt: skip
 
 
-def _picture(name: str, caption: str, draw: Callable[[Axes], None], methods: int = 1) -> Picture:
-    def figure(ink: str) -> Figure:
-        made = Figure(figsize=(5.4, 3.9 + 0.14 * max(0, methods - 5)), layout="constrained")
-        axes = made.subplots()
-        axes.grid(True, color=ink, alpha=0.1, linewidth=0.6)
+def _picture(name: str, caption: str, draw: Callable[[Axes], None], methods: int) -> Picture:
+    settings: Any = {**_SETTINGS, "svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.4, 3.9 + 0.14 * max(0, methods - 5)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.grid(True, color=_INK, alpha=0.1, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        return made
-
-    ink: Any = {**_SETTINGS, "svg.hashsalt": name}
-    with matplotlib.rc_context(ink):
-        made, text = figure(_INK), io.StringIO()
-        FigureCanvasAgg(made)  # names are placed by the same measures in both renderings
-        draw(made.axes[0])
+        draw(axes)
+        text, image = io.StringIO(), io.BytesIO()
         nothing: Any = {"Creator": None, "Date": None, "Format": None, "Type": None}
-        made.savefig(text, format="svg", transparent=True, metadata=nothing)
-    paper: Any = {key: "#1f2430" if value == _INK else value for key, value in _SETTINGS.items()}
-    with matplotlib.rc_context(paper):
-        made, image = figure("#1f2430"), io.BytesIO()
-        FigureCanvasAgg(made)
-        draw(made.axes[0])
-        made.savefig(image, format="png", dpi=160)
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(image, format="png", dpi=160)
     return Picture(name, caption, _inline(text.getvalue(), name), image.getvalue())
 
 
@@ -161,21 +153,21 @@ def _pareto(
     for cost, item in zip(costs, items, strict=True):
         colour, seeds = colours[item.name], item.seed_range
         axes.plot([cost, cost], [seeds.low, seeds.high], color=colour, linewidth=1.4, alpha=0.7, zorder=2)
-        markers += axes.plot([cost], [item.loss], marker="o", markersize=6.5, color=colour, zorder=3)
+        markers += axes.plot([cost], [item.loss], marker="o", markersize=6.5, color=colour, zorder=3, label=item.name)
     axes.set_xlabel(label)
     axes.set_ylabel("held-out loss (nats a token)")
-    _label_points(axes, markers, [item.name for item in items])
+    _label_points(axes, markers)
 
 
-def _label_points(axes: Axes, markers: Sequence[Line2D], names: Sequence[str]) -> None:
-    """Write each name beside its point, clear of the others where there is room, with a line to it where apart."""
+def _label_points(axes: Axes, markers: Sequence[Line2D]) -> None:
+    """Write each marker's label beside it, clear of the others where there is room, with a line to it where apart."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # what is measured now stays where it is
     xs, ys = ([float(values[0]) for values in part] for part in zip(*(m.get_data() for m in markers), strict=True))
     texts = [
-        axes.text(x, y, name, fontsize=8, color=marker.get_color())
-        for x, y, name, marker in zip(xs, ys, names, markers, strict=True)
+        axes.text(x, y, str(marker.get_label()), fontsize=8, color=marker.get_color())
+        for x, y, marker in zip(xs, ys, markers, strict=True)
     ]
     adjust_text(
         texts, x=xs, y=ys, objects=markers, ax=axes, expand=(1.1, 1.5), force_text=(0.3, 0.6), iter_lim=1000,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
 from reftune.recipe_values import check_names, read_layers
-from reftune.recipes import TrainRecipe, recipe_fields
+from reftune.recipes import TrainRecipe, adapter_keys, recipe_fields
 
 WEIGHTS = ("lora", "dora")
 OTHERS = ("ia3", "prefix", "prompt", "full", "base")
@@ -87,7 +87,7 @@ class Method:
         if self.trains:
             own |= {name: getattr(self.train, name) for name in TRAINING_KEYS}
         if self.edits:
-            own |= {name: getattr(self.train, name) for name in _edit_keys() if name != "method"}
+            own |= {name: getattr(self.train, name) for name in adapter_keys() if name != "method"}
         return own
 
     def summary(self) -> str:
@@ -126,9 +126,9 @@ def read_method(name: str, given: Any, shared: Mapping[str, Any], where: str) ->
         own = {f"lora_{key}": () for key in _LORA}
     trained = [key for key in TRAINING_KEYS if key != "prefix_reuse" or (edits and not plus)] if kind != "base" else []
     names = {item.name: item.metadata["aka"] for item in recipe_fields()}
-    known = own | {key: names[key] for key in (*(_edit_keys()[1:] if edits else ()), *trained)}
+    known = own | {key: names[key] for key in (*(adapter_keys()[1:] if edits else ()), *trained)}
     for key in values:
-        if key in names and key not in (*known, *_edit_keys(), *TRAINING_KEYS):
+        if key in names and key not in (*known, *adapter_keys(), *TRAINING_KEYS):
             raise ReftuneError(f"{where}: {key!r} is shared by all methods; write it at the top of the recipe.")
     check_names(values, {"method": (), **known}, where)
     settings = {key: value for key, value in values.items() if key not in own}
@@ -218,11 +218,6 @@ def _names(key: str, value: Any) -> list[str] | str | None:
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, str) for part in parts):
         raise ReftuneError(f"{key}={value!r}: write module names, such as [q_proj, v_proj], or all-linear.")
     return [part.strip() for part in parts]
-
-
-def _edit_keys() -> list[str]:
-    """The recipe's fields that describe an edit, `method` first."""
-    return [item.name for item in fields(TrainRecipe) if item.metadata["group"] == "Adapter"]
 
 
 def _listed(value: Any) -> str:

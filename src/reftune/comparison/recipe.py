@@ -12,7 +12,7 @@ import yaml
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
 from reftune.recipe_values import check_names, read_yaml
-from reftune.recipes import TrainRecipe, recipe_fields
+from reftune.recipes import TrainRecipe, adapter_keys, recipe_fields
 
 RECIPE_FILE = "comparison.yaml"
 JUDGED_BY = ("final", "best")
@@ -125,9 +125,8 @@ def resolve_comparison(source: str | Path | Mapping[str, Any], flags: Mapping[st
 
 
 def _checked(values: dict[str, Any], where: str) -> CompareRecipe:
-    fields = {item.name: item for item in recipe_fields()}
-    adapter = [name for name, item in fields.items() if item.metadata["group"] == "Adapter"]
-    top = {name: item.metadata["aka"] for name, item in fields.items() if name not in (*adapter, *_ONE_RUN)}
+    adapter = adapter_keys()
+    top = {item.name: item.metadata["aka"] for item in recipe_fields() if item.name not in (*adapter, *_ONE_RUN)}
     for key in values:
         if key in adapter:
             raise ReftuneError(f"{where}: {key!r} belongs to a method; write it under its name in `methods`.")

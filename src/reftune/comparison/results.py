@@ -14,7 +14,7 @@ from reftune.comparison.recipe import CompareRecipe, folder_name
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.evaluation.row_losses import RowLosses
-from reftune.recipes import recipe_fields
+from reftune.recipes import adapter_keys, recipe_fields
 from reftune.runs import write_text
 
 RESULT_FILE = "result.json"
@@ -144,8 +144,7 @@ def fingerprint(recipe: CompareRecipe, method: Method, seed: int, data: str) -> 
         data: see `data_digest`.
     """
     of_methods = set(method.settings()) | {"lr", "seed"}
-    edits = {item.name for item in recipe_fields() if item.metadata["group"] == "Adapter"}
-    left_out = {*_NOT_SHARED, *_FILES, *of_methods, *edits}
+    left_out = {*_NOT_SHARED, *_FILES, *of_methods, *adapter_keys()}
     shared: Mapping[str, Any] = {
         item.name: getattr(method.train, item.name) for item in recipe_fields() if item.name not in left_out
     }

@@ -113,9 +113,9 @@ def _parameters(item: MethodSummary, reference: MethodSummary) -> str:
     ratio = item.parameters / reference.parameters
     if 0.95 < ratio < 1.05:
         return "as many parameters"
-    return (
-        f"1/{factor_text(1 / ratio)} of the parameters" if ratio < 1 else f"{factor_text(ratio)} times the parameters"
-    )
+    if ratio < 1:
+        return f"1/{factor_text(1 / ratio)} of the parameters"
+    return f"{factor_text(ratio)} times the parameters"
 
 
 def factor_text(ratio: float) -> str:

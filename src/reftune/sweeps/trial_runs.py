@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from reftune import models
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
-from reftune.recipes import TrainRecipe
+from reftune.recipes import TrainRecipe, adapter_keys
 from reftune.runs import encode_rows, read_data, training_arguments
 from reftune.sweeps.recipe import SweepRecipe
 from reftune.sweeps.space import Choices
@@ -26,7 +26,6 @@ from reftune.training.trainer import ReftTrainer
 _BASE = ("model", "dtype", "device", "quantization")
 _ROWS = ("train_file", "eval_file", "eval_fraction", "split", "columns", "limit_rows", "seed")
 _TOKENS = ("template", "system_prompt", "max_length", "long_prompts")
-_ADAPTER = ("method", "rank", "layers", "positions", "component", "share_weights", "act_fn", "init", "parametrization")
 
 
 @dataclass
@@ -113,7 +112,7 @@ class TrialRunner:
         """
         base, _ = self._load(self._sweep.base)
         for name, options in self._sweep.space.items():
-            if name not in _ADAPTER:
+            if name not in adapter_keys():
                 continue
             tried = options.values.values() if isinstance(options, Choices) else (options.low, options.high)
             for value in tried:
