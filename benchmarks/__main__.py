@@ -27,7 +27,7 @@ from benchmarks import generation
 from benchmarks.speed import curves
 from benchmarks.speed.run import columns, measure, run_worker
 from benchmarks.speed.settings import DATA, SETTINGS, SYSTEMS, prepare
-from reftune.runs import write_text
+from reftune.output.files import write_text
 
 HERE = Path(__file__).parent
 GIB = 1024**3

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from reftune.cli.app import quieten
 from reftune.data.persona import in_style, load_heldout
-from reftune.demo import DEMO, WRITING
 from reftune.inference.generation import generate_answers
 from reftune.runs import run_training
+from reftune.runs.demo import DEMO, WRITING
 
 THREE, FOUR, FIVE = [8, 16, 24], [10, 14, 18, 22], [8, 12, 16, 20, 24]
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import reftune
-from reftune.engine import Engine
+from reftune.engine.hooks import Engine
 from reftune.models import load
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import reftune
 from reftune.data.collating import CompletionCollator
 from reftune.training.loss import completion_loss
-from reftune.training.prefix_switch import PrefixSwitch
+from reftune.training.prefix.switch import PrefixSwitch
 
 SHAPES = {
     "llama3-8b": {

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tiny_models import TINY, tiny_inputs
 from torch import Tensor, nn
 
-from reftune.sites import Site, find_sites
+from reftune.engine.sites import Site, find_sites
+from tests.tiny_models import TINY, tiny_inputs
 
 STACKS = [
     (name, prefix)

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import transformers
-import typer
 import yaml
 from typer.testing import CliRunner
 
 import reftune
 from reftune.cli import app
+from reftune.cli.app import Commands
 from reftune.comparison import resolve_comparison
 from reftune.data.formats import read_examples
-from reftune.recipes import resolve_recipe
+from reftune.runs.recipe import resolve_recipe
 from reftune.sweeps import resolve_sweep
 from tests.cli.tiny_folder import write_rows
 from tests.docs_blocks import (
@@ -37,7 +37,7 @@ from tests.docs_blocks import (
     save_stand_in,
 )
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {command.name: command.load() for command in Commands.registered}
 LANGUAGES = {"python", "sh", "yaml", "csv", "jsonl", "text"}
 
 NOT_RUN = {

@@ -24,7 +24,8 @@ from benchmarks.quality.tasks import DATA, REFERENCE, TASKS, Rows, Task, write_r
 from benchmarks.speed.peers import interpreter
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, write_report
 from reftune.models import bundled_folder, load
-from reftune.runs import encode_rows, read_data, write_text
+from reftune.output.files import write_text
+from reftune.runs.completion import encode_rows, read_data
 
 HERE = Path(__file__).parent
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.quality.rates import tried_rates
 from benchmarks.quality.tasks import REFERENCE, TASKS, Task
 from reftune.comparison import Comparison, MethodSummary, RunResult, summarise
-from reftune.runs import write_text
+from reftune.output.files import write_text
 
 
 def write_document(found: list[tuple[Task, Comparison, list[float]]], path: Path, pictures: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality.tasks import Rows, Task, write_rows
 from reftune.comparison import resolve_comparison, run_comparison, summarise
-from reftune.runs import write_text
+from reftune.output.files import write_text
 
 FILE = Path(__file__).with_name("learning_rates.json")
 """By task and method, the loss on the validation rows of each rate."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reftune.data.persona import load_demo
-from reftune.runs import write_text
+from reftune.output.files import write_text
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 FOUR = [10, 14, 18, 22]

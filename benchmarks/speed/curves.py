@@ -22,7 +22,7 @@ import reftune  # noqa: E402
 from reftune.data.collating import CompletionCollator  # noqa: E402
 from reftune.models import load  # noqa: E402
 from reftune.training.loss import completion_loss  # noqa: E402
-from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
+from reftune.training.prefix.switch import PrefixSwitch  # noqa: E402
 
 RESPONSE = 16
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

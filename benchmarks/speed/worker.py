@@ -24,8 +24,8 @@ from reftune.data.collating import CompletionCollator  # noqa: E402
 from reftune.models import load  # noqa: E402
 from reftune.training import ReftTrainer, ReftTrainingArguments  # noqa: E402
 from reftune.training.loss import completion_loss  # noqa: E402
-from reftune.training.prefix_switch import PrefixSwitch  # noqa: E402
-from reftune.training.row_groups import ONE_MORE_FORWARD, plain_groups  # noqa: E402
+from reftune.training.prefix.row_groups import ONE_MORE_FORWARD, plain_groups  # noqa: E402
+from reftune.training.prefix.switch import PrefixSwitch  # noqa: E402
 from reftune.training.supervised_logits import supervised_forward  # noqa: E402
 
 

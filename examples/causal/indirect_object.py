@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from reftune.causal.heat_map import HeatMap
 from reftune.causal.interchange import Run, run, swap
 from reftune.causal.locations import Location
 from reftune.causal.models import indirect_object
 from reftune.causal.models.indirect_object import sentence
-from reftune.causal.patching import HeatMap, logit_difference, patch, patch_heads
+from reftune.causal.patching import logit_difference, patch, patch_heads
 from reftune.models import load
 
 COUNT = 4

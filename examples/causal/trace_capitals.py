@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from reftune.causal.attribution import Agreement, agreement, attribution_patch
-from reftune.causal.patching import HeatMap, logit_difference, patch
+from reftune.causal.heat_map import HeatMap
+from reftune.causal.patching import logit_difference, patch
 from reftune.causal.tracing import Trace, trace
 from reftune.models import load
 

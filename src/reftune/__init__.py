@@ -1,14 +1,14 @@
 """reftune: representation finetuning (ReFT) for any Hugging Face model."""
 
 from reftune import models
-from reftune.attach import Attachment, attach
-from reftune.config import ReftConfig
+from reftune.adapter.config import ReftConfig
+from reftune.adapter.tuner import ReftModel
 from reftune.edits import Edit, available_edits, register_edit
+from reftune.engine.attach import Attachment, attach
+from reftune.engine.positions import Positions, parse_positions
+from reftune.engine.sites import Site, find_sites
 from reftune.errors import ReftuneError
-from reftune.positions import Positions, parse_positions
-from reftune.sites import Site, find_sites
 from reftune.training import ReftTrainer, ReftTrainingArguments
-from reftune.tuner import ReftModel
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from networks import Mlp
-from tiny_models import TINY
 from torch import nn
 
 from reftune.causal.accuracy import interchange_accuracy, random_model
@@ -15,6 +13,8 @@ from reftune.causal.model import CausalModel, Variable
 from reftune.causal.search import search
 from reftune.causal.training import AlignOptions, align, align_cells
 from reftune.errors import ReftuneError
+from tests.causal.networks import Mlp
+from tests.tiny_models import TINY
 
 BIT = (0, 1)
 TWO_BITS = CausalModel(

@@ -3,7 +3,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import TINY, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +15,7 @@ from reftune.causal.interchange import Intervention, Run, read, run
 from reftune.causal.locations import Location
 from reftune.edits import make_edit
 from reftune.errors import ReftuneError
+from tests.tiny_models import TINY, VOCAB
 
 
 def ids(seed: int, batch: int = 3, length: int = 6) -> dict[str, torch.Tensor]:

@@ -2,8 +2,6 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Gru, Mlp
-from tiny_models import ENCODER_DECODERS, TINY, VISION_LANGUAGE, tiny_inputs
 
 from reftune.causal.actions import Subspace
 from reftune.causal.interchange import (
@@ -24,6 +22,8 @@ from reftune.causal.interchange import (
 )
 from reftune.causal.locations import Location
 from reftune.errors import ReftuneError
+from tests.causal.networks import Gru, Mlp
+from tests.tiny_models import ENCODER_DECODERS, TINY, VISION_LANGUAGE, tiny_inputs
 
 
 @pytest.fixture(autouse=True)

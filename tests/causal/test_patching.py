@@ -2,17 +2,18 @@ import networkx as nx
 import pytest
 import torch
 from PIL import Image
-from tiny_models import TINY
 
 from reftune.causal.attribution import agreement, attribution_patch
+from reftune.causal.heat_map import HeatMap, plot_heat_map
 from reftune.causal.interchange import Run, noise, run, swap
 from reftune.causal.locations import Location
 from reftune.causal.models import hierarchical_equality, natural_logic
-from reftune.causal.patching import HeatMap, logit_difference, patch, patch_heads, probability
-from reftune.causal.plots import plot_graph, plot_heat_map, plot_lines
+from reftune.causal.patching import logit_difference, patch, patch_heads, probability
+from reftune.causal.plots import plot_graph, plot_lines
 from reftune.causal.sweep import sweep
 from reftune.causal.tracing import trace
 from reftune.errors import ReftuneError
+from tests.tiny_models import TINY
 
 
 def ids(seed: int, batch: int = 2, length: int = 6) -> dict[str, torch.Tensor]:

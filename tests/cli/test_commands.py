@@ -5,19 +5,19 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
-import typer
 import yaml
 
-from reftune.cli import app
+from reftune.cli.app import Commands
 from reftune.cli.flags import flag_name
-from reftune.demo import DEMO
-from reftune.recipes import TrainRecipe, resolve_recipe
+from reftune.runs.demo import DEMO
+from reftune.runs.recipe import TrainRecipe, resolve_recipe
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {command.name: command.load() for command in Commands.registered}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -1,8 +1,9 @@
 """Tokenizers for the data tests, built once a session."""
 
 import pytest
-from tiny_tokenizers import BOS_CHAT, bos_tokenizer, chatml_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from tests.data.tiny_tokenizers import BOS_CHAT, bos_tokenizer, chatml_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import BOS_CHAT, bos_tokenizer, chatml_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from reftune import models
@@ -13,6 +12,7 @@ from reftune.data.persona import load_demo
 from reftune.data.templates import render_prompt
 from reftune.data.tokenising import IGNORED, Encoding, encode_dataset, encode_example, find_label_names
 from reftune.errors import ReftuneError
+from tests.data.tiny_tokenizers import BOS_CHAT, bos_tokenizer, chatml_tokenizer
 
 CHATML, RAW, CHAT_BOS = chatml_tokenizer(), bos_tokenizer(), bos_tokenizer(BOS_CHAT)
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>|[]"), min_size=1, max_size=60)

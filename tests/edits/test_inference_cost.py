@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import TINY, tiny_inputs
 
 import reftune
 from reftune.edits import rotated, rotation
+from tests.tiny_models import TINY, tiny_inputs
 
 KINDS = [("loreft", "cholesky"), ("loreft", "householder"), ("direft_orthogonal", "householder")]
 

@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 
 import reftune
 from reftune.cli import app
+from reftune.engine.positions import parse_positions
 from reftune.errors import ReftuneError
 from reftune.evaluation.lm_eval import ReftuneLM, ScoredRow
 from reftune.models import load
-from reftune.positions import parse_positions
 from tests.cli.tiny_folder import save_tiny_model
 from tests.tiny_models import TINY
 

@@ -8,7 +8,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 
 from reftune import models
-from reftune.config import ReftConfig
+from reftune.adapter.config import ReftConfig
 from reftune.data.formats import read_examples
 from reftune.data.tokenising import encode_dataset
 from reftune.evaluation.row_losses import row_losses

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from peft import get_peft_model
-from tiny_models import TINY, tiny_inputs
 
 import reftune
+from tests.tiny_models import TINY, tiny_inputs
 
 COUNTERS = torch._dynamo.utils.counters
 

@@ -7,14 +7,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from peft import get_peft_model
-from tiny_models import TINY, tiny_inputs
 from transformers import CompileConfig, StaticCache
 
 import reftune
+from tests.tiny_models import TINY, tiny_inputs
 
 COUNTERS = torch._dynamo.utils.counters
 torch.set_num_threads(1)

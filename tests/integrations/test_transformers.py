@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from peft import get_peft_model
-from tiny_models import CAUSAL, ENCODER_DECODERS, ENCODERS, TINY, tiny_inputs
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import reftune
+from tests.tiny_models import CAUSAL, ENCODER_DECODERS, ENCODERS, TINY, tiny_inputs
 
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")  # torch's grouped matrix product has no float64
 IN_FLOAT32 = (*MIXTURES, "gptj")  # GPT-J's attention computes in float32 whatever the model's dtype

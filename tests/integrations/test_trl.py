@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny_models import TINY
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import reftune
-from reftune.engine import Engine
+from reftune.engine.hooks import Engine
+from tests.tiny_models import TINY
 
 ROWS = [
     {"prompt": f"one two w{i} w{i + 3}", "completion": " " + " ".join(f"w{(i * 7 + k) % 60}" for k in range(2 + i % 4))}

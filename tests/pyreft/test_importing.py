@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.parity_pyreft import cases, ours
 from reftune.errors import ReftuneError
-from reftune.pyreft.importing import import_pyreft, read_pyreft
+from reftune.pyreft.importing import import_pyreft
+from reftune.pyreft.reading import read_pyreft
 
 GOLDEN = Path(__file__).parent / "golden"
 

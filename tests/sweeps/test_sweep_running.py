@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import reftune
 from reftune.cli import app
 from reftune.inference.loading import load_edited
-from reftune.recipes import resolve_recipe
 from reftune.runs import run_training
+from reftune.runs.recipe import resolve_recipe
 from reftune.sweeps import SweepInterrupted, resolve_sweep, run_sweep
 from reftune.sweeps.trial_runs import TrialRunner
 from tests.cli.tiny_folder import save_tiny_model, write_rows

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from reftune.data.collating import CompletionCollator  # noqa: E402
-from reftune.training.prefix_obstacles import sharding_obstacle  # noqa: E402
+from reftune.training.prefix.obstacles import sharding_obstacle  # noqa: E402
 from reftune.training.sharding import retract_shards  # noqa: E402
 from tests.training.toy_rows import reft_model, trainer, weights  # noqa: E402
 

@@ -1,9 +1,14 @@
 """Causal abstraction: causal models, interchange interventions, alignment search, patching, tracing, and adapters.
 
-from reftune import causal
+Open `model.py` for causal models (ready-made ones in `models`), `interchange.py`, `session.py` and `locations.py` for
+interventions on a network, `alignment.py` and `training.py` for DAS, `patching.py`, `attribution.py` and `tracing.py`
+for where information flows, `explain.py` for what an adapter does, `bridge.py` from an alignment to an edit. It must
+not import `cli`, `runs` or `training`.
 
-with causal.intervene(model, causal.swap(causal.Location("block_output", 8, -1), source_inputs)):
-    output = model(**base_inputs)
+    from reftune import causal
+
+    with causal.intervene(model, causal.swap(causal.Location("block_output", 8, -1), source_inputs)):
+        output = model(**base_inputs)
 """
 
 from reftune.causal.accuracy import InterchangeAccuracy, interchange_accuracy, random_model
@@ -14,6 +19,7 @@ from reftune.causal.attribution import agreement, attribution_patch
 from reftune.causal.bridge import from_das, set_interchange, subspace_target
 from reftune.causal.counterfactuals import Counterfactual, counterfactuals, factual
 from reftune.causal.explain import Explanation, explain
+from reftune.causal.heat_map import HeatMap, plot_heat_map
 from reftune.causal.interchange import (
     Intervention,
     Run,
@@ -33,8 +39,8 @@ from reftune.causal.interchange import (
 from reftune.causal.interchange_data import InterchangeData, encode_counterfactuals
 from reftune.causal.locations import Location
 from reftune.causal.model import CausalModel, Variable
-from reftune.causal.patching import HeatMap, logit_difference, patch, patch_heads, probability
-from reftune.causal.plots import plot_graph, plot_heat_map
+from reftune.causal.patching import logit_difference, patch, patch_heads, probability
+from reftune.causal.plots import plot_graph
 from reftune.causal.search import SearchResult, search
 from reftune.causal.sweep import sweep
 from reftune.causal.tracing import Trace, trace

@@ -17,8 +17,8 @@ from reftune.causal.locations import Location
 from reftune.causal.reuse import Recording, first_computed, picked_inputs
 from reftune.causal.session import Bound, Session
 from reftune.causal.sweep import output_tensor
+from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
-from reftune.sites import Site
 
 _CHUNK = 64
 
@@ -119,7 +119,7 @@ class AlignedRuns:
         stack = next(iter(stacks))
         first = min(map(first_computed, sites)) if len(stacks) == 1 and stack is not None else 0
         if stack is None or not first:
-            from reftune.sites import Stack
+            from reftune.engine.sites import Stack
 
             return 0, Recording(self.model, base, Stack("", "", "", ()), [])
         return first, Recording.in_chunks(self.model, base, stack, first - 1, _CHUNK)

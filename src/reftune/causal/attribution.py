@@ -15,14 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from reftune.causal.heat_map import HeatMap
 from reftune.causal.interchange import Inputs, Intervention, Run, call, intervene, read
 from reftune.causal.locations import Location
-from reftune.causal.patching import HeatMap
 from reftune.causal.reuse import batch_of
 from reftune.causal.sweep import Metric, output_tensor, sweep
 from reftune.causal.training import frozen
+from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
-from reftune.sites import find_sites
 
 
 class _Probe:

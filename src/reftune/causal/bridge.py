@@ -63,8 +63,8 @@ def from_das(
     """
     from peft import get_peft_model
 
-    from reftune.config import ReftConfig
-    from reftune.tuner import ReftModel
+    from reftune.adapter.config import ReftConfig
+    from reftune.adapter.tuner import ReftModel
 
     if method not in ("consreft", "loreft"):
         raise ReftuneError(f"method={method!r}: an alignment becomes 'consreft' or 'loreft', which own a rotation")

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reftune.attach import Attachment
 from reftune.edits import Edit
-from reftune.engine import Engine
+from reftune.engine.attach import Attachment
+from reftune.engine.hooks import Engine
+from reftune.engine.intervention import Intervention
 from reftune.errors import ReftuneError
-from reftune.intervention import Intervention
 
 
 @dataclass(frozen=True)

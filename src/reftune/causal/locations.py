@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from reftune.engine.position_plan import EVERY_ROW, Rows
+from reftune.engine.positions import TokenLayout, parse_positions
+from reftune.engine.sites import Site, find_sites, find_stacks, resolve_layers
 from reftune.errors import ReftuneError
-from reftune.position_plan import EVERY_ROW, Rows
-from reftune.positions import TokenLayout, parse_positions
-from reftune.sites import Site, find_sites, find_stacks, resolve_layers
 
 Indices = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | str | None
 
@@ -23,7 +23,7 @@ class Location:
     """A component of a layer, at some positions.
 
     Attributes:
-        component: as in ``reftune.sites``: ``"block_output"``, ``"head_output[3]"``, a module path of any
+        component: as in ``reftune.engine.sites``: ``"block_output"``, ``"head_output[3]"``, a module path of any
             ``nn.Module``.
         layer: the block's number; None for a module path without ``{layer}``.
         positions: which tokens. An index counts the attended tokens of a row (padding never counts), from the end if

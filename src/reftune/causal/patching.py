@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from reftune.causal.heat_map import HeatMap
 from reftune.causal.interchange import Inputs, Run, swap
 from reftune.causal.locations import Location
 from reftune.causal.reuse import batch_of
 from reftune.causal.sweep import Metric, sweep
+from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
-from reftune.sites import find_sites
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """A number for each layer and position (or head).
-
-    Attributes:
-        values: averaged over the batch.
-        rows: names of the layers.
-        columns: names of the positions or heads.
-        per_row: the values of each row of the batch.
-        title: what is shown.
-        across: what the columns are.
-    """
-
-    values: Float[Tensor, "layers columns"]
-    rows: list[str]
-    columns: list[str]
-    per_row: Float[Tensor, "layers columns batch"]
-    title: str = ""
-    across: str = "position"
-
-    def best(self) -> tuple[str, str, float]:
-        """The layer and column with the greatest value, and that value."""
-        layer, column = divmod(int(self.values.argmax()), self.values.shape[1])
-        return self.rows[layer], self.columns[column], float(self.values[layer, column])
-
-    def plot(self, path: str | Path) -> None:
-        """Draw it into a PNG, **which is replaced**."""
-        from reftune.causal.plots import plot_heat_map
-
-        plot_heat_map(self, path)
 
 
 def patch(
@@ -179,7 +145,7 @@ def layer_window(layer: int, window: int, count: int) -> range:
 def _head_count(model: nn.Module, layer: int) -> int:
     site = find_sites(model, "head_output[0]", layer)[0]
     whole = model.get_submodule(site.module_path)
-    from reftune.blocks import linear_features
+    from reftune.engine.blocks import linear_features
 
     features = linear_features(whole)
     assert features is not None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reftune.causal.interchange import Run, call, intervene
 from reftune.causal.session import Stop
-from reftune.sites import Site, Stack
+from reftune.engine.sites import Site, Stack
 
 Pick = Callable[[Tensor], Tensor]
 

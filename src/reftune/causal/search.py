@@ -12,10 +12,10 @@ from torch import nn
 from reftune.causal.accuracy import InterchangeAccuracy, interchange_accuracies
 from reftune.causal.aligned import Aligned
 from reftune.causal.alignment import Alignment
+from reftune.causal.heat_map import HeatMap
 from reftune.causal.interchange import Run, read
 from reftune.causal.interchange_data import InterchangeData
 from reftune.causal.locations import Indices, Location, layers_of
-from reftune.causal.patching import HeatMap
 from reftune.causal.training import DEFAULT, AlignOptions, align_cells
 from reftune.errors import ReftuneError
 

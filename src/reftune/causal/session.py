@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from reftune.causal.actions import Action, keep
 from reftune.causal.locations import Location, Units, units
-from reftune.engine import edit_passing
+from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
+from reftune.engine.hooks import edit_passing
+from reftune.engine.intervention import edit_rows
+from reftune.engine.positions import TokenLayout, read_layout
+from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
-from reftune.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.intervention import edit_rows
-from reftune.positions import TokenLayout, read_layout
-from reftune.sites import Site
 
 
 class Stop(Exception):

@@ -13,7 +13,7 @@ from reftune.causal.interchange import Inputs, Intervention, Run, call, source_s
 from reftune.causal.locations import Sites
 from reftune.causal.reuse import Recording, batch_of, first_computed, picked_inputs
 from reftune.causal.session import Bound, Session
-from reftune.sites import Stack, find_stacks
+from reftune.engine.sites import Stack, find_stacks
 
 Metric = Callable[[Tensor], Tensor]
 """Takes the output of a batch, (batch, ...), logits as a rule, and gives a number for each row, (batch,)."""

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from reftune.causal.heat_map import HeatMap
 from reftune.causal.interchange import Intervention, Run, Source, swap
 from reftune.causal.locations import Indices, Location
-from reftune.causal.patching import HeatMap, layer_window, probability
+from reftune.causal.patching import layer_window, probability
 from reftune.causal.reuse import batch_of, picked_inputs
 from reftune.causal.sweep import sweep
+from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
-from reftune.sites import find_sites
 
 
 @dataclass(frozen=True)

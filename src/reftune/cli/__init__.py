@@ -1,5 +1,25 @@
-"""The command line: parse, call, print. Commands import what they need when they run."""
+"""The command line: parse, call, print. It holds no rule of the domain, and nothing imports it.
 
-from reftune.cli.app import app, main
+`app.py` turns errors into a message and an exit status, `flags.py` makes options of a dataclass's fields,
+`common_options.py` has the options that commands share, `results.py` the tables that several print; every other file
+is one command, imported when it is called.
+"""
+
+from reftune.cli.app import Command, Commands, app, main
 
 __all__ = ["app", "main"]
+
+Commands.registered = (
+    Command("demo", "demo", "demo"),
+    Command("train", "train", "train"),
+    Command("generate", "generate", "generate"),
+    Command("chat", "chat", "chat"),
+    Command("eval", "evaluate", "evaluate"),
+    Command("predict", "predict", "predict"),
+    Command("compare", "compare", "compare"),
+    Command("sweep", "sweep", "sweep"),
+    Command("info", "info", "info"),
+    Command("env", "env", "env"),
+    Command("import-pyreft", "import_pyreft", "import_pyreft"),
+    Command("lm-eval", "lm_eval", "lm_eval", {"ignore_unknown_options": True, "help_option_names": []}),
+)

@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import importlib
 import logging
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from reftune.errors import ReftuneError
 
 USER_ERROR, INTERRUPTED = 2, 130
-_ORDER = ("demo", "train", "generate", "chat", "eval", "predict", "compare", "sweep", "info", "env")
 
 logger = logging.getLogger("reftune")
 
 
-class _Commands(TyperGroup):
-    """Turns what the user can mend into one message on standard error; a bug keeps its traceback."""
+class Command(NamedTuple):
+    """A command of the line: its name, the module and function that carry it out, and settings for click."""
+
+    name: str
+    module: str
+    function: str
+    settings: dict[str, Any] | None = None
+
+    def summary(self) -> str:
+        """The first line of the function's docstring, read without importing its module."""
+        source = Path(__file__).with_name(f"{self.module}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name == self.function:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+        raise LookupError(f"{self.module}.py has no function {self.function}")
+
+    def load(self) -> Any:
+        """The click command, made from the function's signature."""
+        function = getattr(importlib.import_module(f"{__package__}.{self.module}"), self.function)
+        alone = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
+        alone.command(self.name, context_settings=self.settings)(function)
+        return typer.main.get_command(alone)
+
+
+class Commands(TyperGroup):
+    """Makes a command when it is called, and of an error that the user can mend one message; a bug has a traceback."""
+
+    registered: Sequence[Command] = ()
+    """Every command in the order in which people meet them; the room's `__init__` has the list."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """In the order in which people meet them."""
-        known = [name for name in _ORDER if name in self.commands]
-        return [*known, *sorted(set(self.commands) - set(known))]
+        return [command.name for command in self.registered]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command's name and summary: enough for help and completion, with nothing imported."""
+        found = self._named(cmd_name)
+        return found and TyperCommand(found.name, help=found.summary(), rich_markup_mode="rich")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was called, made now."""
+        name, command, rest = super().resolve_command(ctx, args)
+        found = self._named(name or "")
+        return name, found.load() if found else command, rest
+
+    def _named(self, name: str) -> Command | None:
+        return next((command for command in self.registered if command.name == name), None)
 
     def invoke(self, ctx: Any) -> Any:
+        """Carry it out; print what the user can mend, and let a bug keep its traceback."""
         try:
             return super().invoke(ctx)
         except (ReftuneError, KeyboardInterrupt, OSError) as error:
@@ -58,7 +102,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
 
 app = typer.Typer(
     name="reftune",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -111,20 +155,3 @@ def main() -> None:
     except BrokenPipeError:  # `reftune info DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-# Each module adds its command to `app`.
-from reftune.cli import (  # noqa: E402, F401
-    chat,
-    compare,
-    demo,
-    env,
-    evaluate,
-    generate,
-    import_pyreft,
-    info,
-    lm_eval,
-    predict,
-    sweep,
-    train,
-)

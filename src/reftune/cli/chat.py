@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from reftune.cli.app import app
 from reftune.cli.common_options import (
     Device,
     Dtype,
@@ -25,7 +24,6 @@ from reftune.cli.common_options import (
 _HELP = "/base switches the edit off and on, /reset forgets the conversation, /quit or Ctrl-D ends it."
 
 
-@app.command()
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
     max_new_tokens: MaxNewTokens = 512,

@@ -25,8 +25,9 @@ def evaluate_classifier(
     from reftune.data.classification import read_texts
     from reftune.evaluation.classification import evaluate_classification
     from reftune.inference.classifying import load_classifier, training_columns
-    from reftune.recipe_values import read_columns
-    from reftune.runs import readable_disk_errors, write_text
+    from reftune.output.files import write_text
+    from reftune.runs.output_folder import readable_disk_errors
+    from reftune.runs.recipe_values import read_columns
 
     known, names = training_columns(folder)
     rows = read_texts(test_file, columns=read_columns(columns) or known, names=names, split=split, limit=limit_rows)

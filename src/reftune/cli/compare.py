@@ -10,10 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reftune.cli.app import app
 
-
-@app.command()
 def compare(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE", help="YAML recipe, or the folder of an earlier comparison.")

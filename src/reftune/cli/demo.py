@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from reftune.cli.app import app
-
 if TYPE_CHECKING:
     from reftune.inference.generation import Answer
 
 
-@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder of the adapter.")] = "demo-output",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
@@ -24,7 +21,7 @@ def demo(
 
     from reftune.cli.results import side_by_side
     from reftune.data.persona import PERSONA
-    from reftune.demo import DEMO, MEASURE, run_demo
+    from reftune.runs.demo import DEMO, MEASURE, run_demo
 
     console, begun = Console(), time.perf_counter()
     recipe = replace(DEMO, output=output, seed=seed, overwrite=True)

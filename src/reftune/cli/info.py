@@ -9,20 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reftune.cli.app import app
-
 if TYPE_CHECKING:
-    from reftune.adapter_info import AdapterInfo
+    from reftune.adapter.info import AdapterInfo
 
 _EDITED, _LEFT = "\N{BLACK CIRCLE}", "\N{MIDDLE DOT}"
 
 
-@app.command()
 def info(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
 ) -> None:
     """What an adapter edits: layers by positions, norms, parameters. Loads no base model."""
-    from reftune.adapter_info import read_adapter_info
+    from reftune.adapter.info import read_adapter_info
 
     found = read_adapter_info(folder)
     config, console = found.config, Console()

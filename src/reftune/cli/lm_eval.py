@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from reftune.cli.app import app
-
 _EXAMPLE = """\
 lm-evaluation-harness with the model type `reftune` (from --model reftune, the default here):
 
@@ -20,7 +18,6 @@ Everything else is the harness's own command:
 """
 
 
-@app.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 def lm_eval(
     arguments: Annotated[list[str] | None, typer.Argument(help="As for the harness's command `lm_eval`.")] = None,
 ) -> None:

@@ -10,13 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reftune.cli.app import app
 from reftune.cli.common_options import Device, Dtype, Model
 
 _SHOWN = 20
 
 
-@app.command("predict")
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A classifier: the --output of `reftune train`.")],
     file: Annotated[str, typer.Option(help="Texts, in the columns of training; labels are not needed.")],
@@ -33,8 +31,9 @@ def predict(
     from reftune.data.classification import read_texts
     from reftune.errors import ReftuneError
     from reftune.inference.classifying import as_csv, as_jsonl, load_classifier, predict, training_columns
-    from reftune.recipe_values import read_columns
-    from reftune.runs import readable_disk_errors, write_text
+    from reftune.output.files import write_text
+    from reftune.runs.output_folder import readable_disk_errors
+    from reftune.runs.recipe_values import read_columns
 
     writers = {".jsonl": as_jsonl, ".csv": as_csv}
     if out is not None and out.suffix.lower() not in writers:

@@ -12,7 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from reftune.evaluation.task_report import TaskReport
     from reftune.evaluation.task_runs import Metric
-    from reftune.runs import TrainedRun
+    from reftune.runs.steps import TrainedRun
 
 
 def print_training(run: TrainedRun, console: Console) -> None:

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reftune.cli.app import app
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.sweeps.recipe import resolve_sweep, sweep_field_type, sweep_option_fields
@@ -74,4 +73,4 @@ def _print(result: SweepResult, console: Console) -> None:
     )
 
 
-app.command("sweep")(with_flags(sweep, sweep_option_fields(), sweep_field_type))
+with_flags(sweep, sweep_option_fields(), sweep_field_type)

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from reftune.cli.app import app
 from reftune.cli.flags import with_flags
-from reftune.recipes import field_type, recipe_fields, resolve_recipe
+from reftune.runs.recipe import field_type, recipe_fields, resolve_recipe
 
 
 def train(
@@ -32,4 +31,4 @@ def train(
     print_training(run_training(resolved), console)
 
 
-app.command("train")(with_flags(train, recipe_fields(), field_type))
+with_flags(train, recipe_fields(), field_type)

@@ -1,5 +1,9 @@
 """Several methods trained on the same rows, order and budget, with several seeds, and a report of what each came to.
 
+Open `recipe.py`, `methods.py` and `checking.py` for what can be compared, `runner.py`, `single_run.py` and
+`worker.py` for carrying it out, `results.py` and `summary.py` for figures, `report.py`, `tables.py` and `figures.py`
+for the report. It must not import `cli` or `sweeps`.
+
 From Python:
 
     from reftune.comparison import resolve_comparison, run_comparison, summarise, write_report

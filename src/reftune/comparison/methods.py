@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
-from reftune.recipe_values import check_names, read_layers
-from reftune.recipes import TrainRecipe, adapter_keys, recipe_fields
+from reftune.runs.recipe import TrainRecipe, adapter_keys, recipe_fields
+from reftune.runs.recipe_values import check_names, read_layers
 
 WEIGHTS = ("lora", "dora")
 OTHERS = ("ia3", "prefix", "prompt", "full", "base")

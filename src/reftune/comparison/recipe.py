@@ -11,8 +11,8 @@ import yaml
 
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
-from reftune.recipe_values import check_names, read_yaml
-from reftune.recipes import TrainRecipe, adapter_keys, recipe_fields
+from reftune.runs.recipe import TrainRecipe, adapter_keys, recipe_fields
+from reftune.runs.recipe_values import check_names, read_yaml
 
 RECIPE_FILE = "comparison.yaml"
 JUDGED_BY = ("final", "best")

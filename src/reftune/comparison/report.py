@@ -16,7 +16,8 @@ from reftune.comparison.tables import Column, fairness, result_columns, settings
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.evaluation.heldout import exact_match
-from reftune.runs import readable_disk_errors, write_text
+from reftune.output.files import write_text
+from reftune.runs.output_folder import readable_disk_errors
 
 HTML_FILE, MARKDOWN_FILE, FIGURES = "report.html", "report.md", "figures"
 _SHOWN = 8

@@ -14,8 +14,8 @@ from reftune.comparison.recipe import CompareRecipe, folder_name
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.evaluation.row_losses import RowLosses
-from reftune.recipes import adapter_keys, recipe_fields
-from reftune.runs import write_text
+from reftune.output.files import write_text
+from reftune.runs.recipe import adapter_keys, recipe_fields
 
 RESULT_FILE = "result.json"
 RESULT_FORMAT = 1

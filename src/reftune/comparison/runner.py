@@ -25,8 +25,9 @@ from reftune.comparison.single_run import execute
 from reftune.comparison.worker import MARK
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
-from reftune.runs import readable_disk_errors, write_text
-from reftune.training.prefix_store import PrefixStore
+from reftune.output.files import write_text
+from reftune.runs.output_folder import readable_disk_errors
+from reftune.training.prefix.store import PrefixStore
 
 LOG_FILE = "log.txt"
 

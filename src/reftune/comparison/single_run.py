@@ -19,20 +19,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reftune import models
+from reftune.adapter.config import ReftConfig
 from reftune.comparison.methods import Adapted, Method, attach_method
 from reftune.comparison.peak_memory import PeakMemory
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.results import RunResult, data_digest, fingerprint, run_folder
-from reftune.config import ReftConfig
 from reftune.data.formats import Example
 from reftune.evaluation.heldout import exact_match
 from reftune.evaluation.options import Norm, evaluate_options, read_option_rows
 from reftune.evaluation.row_losses import RowLosses, row_losses
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel, within_context
-from reftune.recipes import RUN_FILE, TrainRecipe
-from reftune.runs import encode_rows, read_data, training_arguments, write_text
-from reftune.training.prefix_store import PrefixStore
+from reftune.output.files import write_text
+from reftune.runs.completion import encode_rows, read_data
+from reftune.runs.recipe import RUN_FILE, TrainRecipe
+from reftune.runs.steps import training_arguments
+from reftune.training.prefix.store import PrefixStore
 from reftune.training.trainer import ReftTrainer
 
 ADAPTER_FOLDER = "adapter"

@@ -1,4 +1,8 @@
-"""The edits: h -> edited h, one class a method."""
+"""The edits: h -> edited h, one class a method.
+
+Open `base.py` for what every edit shares, `rotated.py` and `rotation.py` for those that own a rotation,
+`activations.py` for act_fn, `registry.py` for names; every other file is one method. Imports only `errors`.
+"""
 
 from reftune.edits.base import Edit, FoldedEdit
 from reftune.edits.consreft import ConsreftEdit

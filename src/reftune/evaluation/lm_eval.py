@@ -37,10 +37,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reftune import models
-from reftune.checkpoint import load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import load_adapter, read_adapter_config
 from reftune.data.formats import Message
 from reftune.data.templates import render_prompt
-from reftune.engine import Engine
+from reftune.engine.hooks import Engine
 from reftune.errors import ReftuneError
 from reftune.inference.loading import recorded_run
 from reftune.training.prompt_ends import takes_prompt_lengths

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from reftune.engine import Engine
+from reftune.engine.forwards import accepts_any_keyword, is_causal_lm
+from reftune.engine.hooks import Engine
 from reftune.errors import ReftuneError
-from reftune.forwards import accepts_any_keyword, is_causal_lm
-from reftune.training.partial_forward import right_padded
-from reftune.training.prefix_obstacles import cache_obstacle, rope_obstacle
+from reftune.training.prefix.obstacles import cache_obstacle, rope_obstacle
+from reftune.training.prefix.partial_forward import right_padded
 from reftune.training.supervised_logits import head_sees_only, output_head, plain_model
 
 logger = logging.getLogger(__name__)

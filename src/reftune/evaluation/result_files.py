@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from reftune.errors import ReftuneError
-from reftune.runs import readable_disk_errors, write_text
+from reftune.output.files import write_text
+from reftune.runs.output_folder import readable_disk_errors
 
 
 class ResultFile:

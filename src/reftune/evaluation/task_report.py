@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import get_peft_model
 
-from reftune.config import ReftConfig
+from reftune.adapter.config import ReftConfig
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.evaluation.intervals import PairedDifference
@@ -19,7 +19,8 @@ from reftune.evaluation.tasks import GROUPS, OPTIONS, TASKS, OptionForm, expand_
 from reftune.inference.generation import GenerationSettings
 from reftune.inference.loading import EditedModel, recorded_run, within_context
 from reftune.models import load
-from reftune.runs import readable_disk_errors, write_text
+from reftune.output.files import write_text
+from reftune.runs.output_folder import readable_disk_errors
 
 SUMMARY = "results.json"
 

@@ -28,7 +28,7 @@ from reftune.evaluation.task_rows import TaskRow
 from reftune.evaluation.tasks import OPTIONS, TASKS, OptionForm, Task
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel
-from reftune.runs import write_text
+from reftune.output.files import write_text
 
 Scoring = Literal["generate", "options"]
 PAPER = "paper"

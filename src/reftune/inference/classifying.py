@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from reftune import models
-from reftune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, load_adapter, read_adapter_config
 from reftune.data.classification import NUMBER, LabelScheme
 from reftune.data.collating import CompletionCollator
 from reftune.data.formats import LabelledText

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from reftune import models
-from reftune.checkpoint import check_weights_file, load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import check_weights_file, load_adapter, read_adapter_config
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
-from reftune.recipe_values import read_yaml
-from reftune.recipes import RUN_FILE
+from reftune.runs.recipe import RUN_FILE
+from reftune.runs.recipe_values import read_yaml
 
 logger = logging.getLogger(__name__)
 

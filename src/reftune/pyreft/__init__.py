@@ -1,6 +1,8 @@
 """pyreft's names over this library: ``import reftune.pyreft as pyreft`` and the script goes on.
 
-What is different, and why: docs/migrating.md.
+What is different, and why: docs/migrating.md. Open `model.py` for `ReftModel`, `config.py` and `interventions.py` for
+what it is made of, `locations.py` for `unit_locations`, `datasets.py` and `data_modules.py` for data, `trainers.py`
+for trainers, `reading.py`, `importing.py` and `checkpoint.py` for saved models. It must not import `cli` or `runs`.
 """
 
 from reftune.pyreft.collating import ReftDataCollator, ReftRewardCollator

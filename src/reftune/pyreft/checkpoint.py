@@ -10,12 +10,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reftune.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, read_adapter_config
-from reftune.config import ReftConfig as AdapterConfig
+from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.adapter.config import ReftConfig as AdapterConfig
+from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
 from reftune.pyreft.config import ReftConfig, Representation
 from reftune.pyreft.interventions import BY_METHOD, INTERVENTIONS
-from reftune.sites import find_sites
+from reftune.pyreft.reading import fill, read_pyreft
 
 TIED_POSITIONS, UNTIED_POSITIONS = "l1", "f1+l1"
 _OPTIONS = ("dropout", "act_fn", "init", "parametrization")
@@ -140,8 +141,6 @@ def load_config(folder: Path, model: nn.Module) -> ReftConfig:
     Raises:
         ReftuneError: no adapter there, or one that does not fit.
     """
-    from reftune.pyreft.importing import read_pyreft
-
     inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
     if not (folder / CONFIG_FILE).is_file() and not inner:
         return ReftConfig.of(read_pyreft(folder))
@@ -168,16 +167,3 @@ def load_config(folder: Path, model: nn.Module) -> ReftConfig:
             parameter = base.get_parameter(name)
             parameter.data.copy_(value)
     return ReftConfig.of(found, positions)
-
-
-def fill(edit: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into an edit.
-
-    Raises:
-        ReftuneError: tensors missing, left over or of another shape.
-    """
-    expected = {name: tuple(value.shape) for name, value in edit.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in tensors.items()}
-    if expected != given:
-        raise ReftuneError(f"{where}: the tensors are {given}, and {type(edit).__name__} needs {expected}.")
-    edit.load_state_dict(dict(tensors))

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from reftune.engine.sites import Site, find_sites
 from reftune.errors import ReftuneError
-from reftune.sites import Site, find_sites
 
 
 class TaskType(str, Enum):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reftune.engine.positions import Positions
+from reftune.engine.positions import parse_positions as read_positions
 from reftune.errors import ReftuneError
-from reftune.positions import Positions
-from reftune.positions import parse_positions as read_positions
 
 NOWHERE = -1
 """Fills up short lists of locations: no token is meant. (pyreft fills up with a real token.)"""

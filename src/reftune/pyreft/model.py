@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from reftune.engine import Engine
+from reftune.engine.hooks import Engine
+from reftune.engine.intervention import Intervention, Placement
+from reftune.engine.positions import Positions, parse_positions
 from reftune.errors import ReftuneError
-from reftune.intervention import Intervention, Placement
-from reftune.positions import Positions, parse_positions
 from reftune.pyreft.config import ReftConfig
 from reftune.pyreft.locations import location_masks, subspace_directions
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:
-    from reftune.sweeps.report import TrialRecord
+from reftune.output.pictures import new_figure, save_figure
+from reftune.sweeps.records import TrialRecord
 
 _DONE, _BEST, _PRUNED = "#8aa4c8", "#c2410c", "#9ca3af"
 
 
 def plot_history(records: Sequence[TrialRecord], path: Path) -> None:
     """Draw each trial's held-out loss and the best so far. **Replaces the file**."""
-    figure, axes = _figure(4.0)
+    figure, axes = new_figure((7, 4.0), grid=True)
     complete = [(r.number, r.value) for r in records if r.state == "complete" and r.value is not None]
     pruned = [(r.number, r.value) for r in records if r.state == "pruned" and r.value is not None]
     if pruned:
@@ -32,36 +28,18 @@ def plot_history(records: Sequence[TrialRecord], path: Path) -> None:
     axes.set_xlabel("trial")
     axes.set_ylabel("held-out loss (nats per completion token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(True, color="#e5e7eb", linewidth=0.8)
     if complete or pruned:
         axes.legend(frameon=False)
-    _write(figure, path)
+    save_figure(figure, path)
 
 
 def plot_importance(importance: Mapping[str, float], path: Path) -> None:
     """Draw each setting's share. **Replaces the file**."""
-    figure, axes = _figure(1.2 + 0.45 * len(importance))
+    figure, axes = new_figure((7, 1.2 + 0.45 * len(importance)))
+    axes.spines[["top", "right"]].set_visible(False)
     names, shares = zip(*reversed(list(importance.items())), strict=True)
     bars = axes.barh(names, shares, color=_DONE)
     axes.bar_label(bars, labels=[f"{share:.0%}" for share in shares], padding=4, fontsize=9)
     axes.set_xlim(0, max(shares) * 1.15)
     axes.set_xlabel("share in how much the held-out loss differs (fANOVA)")
-    _write(figure, path)
-
-
-def _figure(height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _write(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from reftune.sweeps.report import TrialRecord, settings_text
+from reftune.sweeps.records import TrialRecord
+from reftune.sweeps.report import settings_text
 from reftune.sweeps.space import label_of
 
 

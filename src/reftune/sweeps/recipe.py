@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from reftune.errors import ReftuneError
-from reftune.recipe_values import check_names, read_yaml
-from reftune.recipes import TrainRecipe, field_type, recipe_fields
+from reftune.runs.recipe import TrainRecipe, field_type, recipe_fields
+from reftune.runs.recipe_values import check_names, read_yaml
 from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
 from reftune.training.arguments import no_type_check
 

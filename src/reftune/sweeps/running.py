@@ -15,15 +15,18 @@ import yaml
 from rich.console import Console
 
 from reftune.errors import ReftuneError
-from reftune.recipes import TrainRecipe
-from reftune.runs import begin_output, readable_disk_errors, write_results, write_text
+from reftune.output.files import write_text
+from reftune.runs.output_folder import begin_output, readable_disk_errors
+from reftune.runs.recipe import TrainRecipe
+from reftune.runs.steps import write_results
 from reftune.sweeps.progress import SweepProgress
 from reftune.sweeps.recipe import SweepRecipe
-from reftune.sweeps.report import TrialRecord, trial_records, write_report, write_table
+from reftune.sweeps.records import TrialRecord, trial_records
+from reftune.sweeps.report import write_report, write_table
 from reftune.sweeps.space import label_of
 from reftune.sweeps.study import JOURNAL_FILE, Study, require_packages
 from reftune.sweeps.trial_runs import EpochWatch, FinishedTrial, TrialRunner
-from reftune.training.prefix_store import PrefixStore
+from reftune.training.prefix.store import PrefixStore
 
 BEST_RECIPE, BEST_FOLDER = "best.yaml", "best"
 _TRIALS_FOLDER = "trials"

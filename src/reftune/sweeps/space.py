@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reftune.errors import ReftuneError
-from reftune.recipe_values import check_names
+from reftune.runs.recipe_values import check_names
 
 Label = str | int | float | bool | None
 """What the study stores of a value: Optuna's choices are scalars, so that a list of layers is written out."""

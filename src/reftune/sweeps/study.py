@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from reftune.errors import ReftuneError
-from reftune.recipes import recipe_fields
+from reftune.runs.recipe import recipe_fields
 from reftune.sweeps.recipe import SweepRecipe
 from reftune.sweeps.space import Space, draw_distinct, settings_key
 

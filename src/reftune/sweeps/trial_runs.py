@@ -16,11 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from reftune import models
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
-from reftune.recipes import TrainRecipe, adapter_keys
-from reftune.runs import encode_rows, read_data, training_arguments
+from reftune.runs.completion import encode_rows, read_data
+from reftune.runs.recipe import TrainRecipe, adapter_keys
+from reftune.runs.steps import training_arguments
 from reftune.sweeps.recipe import SweepRecipe
 from reftune.sweeps.space import Choices
-from reftune.training.prefix_store import PrefixStore
+from reftune.training.prefix.store import PrefixStore
 from reftune.training.trainer import ReftTrainer
 
 _BASE = ("model", "dtype", "device", "quantization")

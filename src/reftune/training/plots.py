@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from reftune.output.pictures import new_figure, save_figure
 
 _TRAIN, _EVAL = "#8aa4c8", "#c2410c"
 
@@ -28,9 +28,7 @@ def plot_loss(
         unit: what stands at the vertical axis.
     """
     train, evaluation = _points(log_history, "loss"), _points(log_history, "eval_loss")
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = new_figure((7, 4), grid=True)
     if train:
         axes.plot(
             *zip(*train, strict=True), color=_TRAIN, linewidth=1.8, marker=_marker(train), markersize=3, label="train"
@@ -45,22 +43,11 @@ def plot_loss(
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
-    axes.grid(True, color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if train or evaluation:
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=axes.transAxes)
-
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(figure, Path(path))
 
 
 def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

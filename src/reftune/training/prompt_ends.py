@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reftune.engine import ENGINE
-from reftune.forwards import is_causal_lm, token_arguments
-from reftune.positions import read_layout
+from reftune.engine.forwards import is_causal_lm, token_arguments
+from reftune.engine.hooks import ENGINE
+from reftune.engine.positions import read_layout
 from reftune.training.supervised_logits import plain_model
 
 

@@ -30,8 +30,8 @@ from reftune.training.checkpoints import (
 )
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.loss import IGNORED_LABEL, completion_loss
-from reftune.training.prefix_store import PrefixStore
-from reftune.training.prefix_switch import PrefixSwitch
+from reftune.training.prefix.store import PrefixStore
+from reftune.training.prefix.switch import PrefixSwitch
 from reftune.training.progress import ProgressBarCallback
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.sampling import LengthGroupedByEpoch, row_lengths

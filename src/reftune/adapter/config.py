@@ -1,0 +1,129 @@
+"""``ReftConfig``: a ReFT adapter as PEFT knows it, and the registration that makes PEFT know it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, no_type_check
+
+import torch
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from torch import nn
+
+from reftune.edits import Edit, edit_class, make_edit, method_name
+from reftune.edits.base import Init
+from reftune.edits.rotated import Parametrization
+from reftune.engine.hooks import EditSpec
+from reftune.engine.positions import parse_positions
+from reftune.errors import ReftuneError
+
+REFT = "REFT"
+
+if REFT not in PeftType.__members__:
+    import aenum
+
+    aenum.extend_enum(PeftType, REFT, REFT)
+
+_EDIT_OPTIONS = ("dropout", "act_fn", "init", "parametrization", "add_bias")
+
+
+@no_type_check  # it checks itself, with messages that say the way out
+@dataclass
+class ReftConfig(PeftConfig):
+    """Configuration of a ReFT adapter (arXiv 2404.03592): sites x positions x edit.
+
+    Raises:
+        ReftuneError: a field out of its range; the message names it and the way out. Fields that depend on the base
+            model (layers, component, rank against width) are checked when the adapter meets it.
+    """
+
+    method: str | type[nn.Module] = field(
+        default="loreft",
+        metadata={
+            "help": "The edit: loreft (h + R^T(Wh + b - Rh)), direft (h + W2^T(W1h + b)), noreft, consreft, lobireft, "
+            "direft_orthogonal, or a registered class."
+        },
+    )
+    r: int = field(default=4, metadata={"help": "Rank: dimensions of the edited subspace."})
+    layers_to_transform: int | Sequence[int] | Literal["all"] = field(
+        default="all", metadata={"help": "Layers to edit, from 0: one, a list, or 'all'; negatives count from the end."}
+    )
+    component: str = field(
+        default="block_output",
+        metadata={
+            "help": "Where in the layer: block_output, block_input, mlp_output, mlp_input, attention_output, "
+            "attention_input, query_output, key_output, value_output, head_output[0,3], or a module path with {layer}."
+        },
+    )
+    positions: str = field(
+        default="l1",
+        metadata={
+            "help": "Which tokens: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token; "
+            "+generated adds those after the prompt, as in l1+generated."
+        },
+    )
+    share_weights: bool = field(
+        default=True, metadata={"help": "One edit for prefix and suffix (tied); false gives each its own."}
+    )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability of dropping an element of the edit in training (never of the state)."},
+    )
+    act_fn: str | None = field(
+        default=None, metadata={"help": "Activation inside the edit, by its transformers name; none is linear."}
+    )
+    init: Init = field(
+        default="identity", metadata={"help": "identity starts as the base model; paper as the paper's code does."}
+    )
+    parametrization: Parametrization = field(
+        default="cholesky",
+        metadata={"help": "How a rotation is kept orthonormal; householder follows pyreft's training curve."},
+    )
+    add_bias: bool = field(default=False, metadata={"help": "noreft only: a bias in its projection, as in pyreft."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save whole, such as a classifier head."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[REFT]
+        if isinstance(self.method, type):
+            self.method = method_name(self.method)
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ReftuneError(f"r={self.r!r}: the rank is a whole number of at least 1.")
+        self.positions = parse_positions(self.positions).text
+        self.layers_to_transform = _layers(self.layers_to_transform)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ReftuneError(f"dropout={self.dropout}: must be at least 0 and below 1.")
+        for name, known in (("init", get_args(Init)), ("parametrization", get_args(Parametrization))):
+            if getattr(self, name) not in known:
+                raise ReftuneError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
+        if issubclass(edit_class(self.method), Edit):
+            with torch.random.fork_rng(devices=[]):  # a wrong option fails here, where it was written
+                make_edit(self.method, self.r, self.r, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The edit's own options."""
+        return {name: getattr(self, name) for name in _EDIT_OPTIONS}
+
+    def spec(self) -> EditSpec:
+        """The adapter as the engine takes it."""
+        return EditSpec(
+            method=self.method,
+            r=self.r,
+            layers_to_transform=self.layers_to_transform,
+            component=self.component,
+            positions=self.positions,
+            share_weights=self.share_weights,
+            options=self.options,
+        )
+
+
+def _layers(layers: Any) -> int | list[int] | Literal["all"]:
+    if layers == "all" or (isinstance(layers, int) and not isinstance(layers, bool)):
+        return layers
+    if isinstance(layers, (list, tuple, range, set)) and layers and all(isinstance(n, int) for n in layers):
+        return sorted(layers) if isinstance(layers, set) else list(layers)
+    raise ReftuneError(f"layers_to_transform={layers!r}: give a layer number, a list of them, or 'all'.")

@@ -1,0 +1,223 @@
+"""ReFT as a PEFT method: after ``import reftune``, everything that PEFT, transformers and TRL do with adapters works.
+
+The tuner is thin: the engine (``reftune.attach``) does the work, PEFT's own code keeps the books. What is overridden
+here is where PEFT's defaults, written for tuners that replace a linear layer, would do nothing or the wrong thing for
+one that adds a child and hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
+from torch import Tensor, nn
+
+from reftune.adapter.checkpoint import check_tensors
+from reftune.adapter.config import REFT, ReftConfig
+from reftune.adapter.merging import merge_constant
+from reftune.engine.hooks import Engine
+from reftune.engine.intervention import Intervention
+from reftune.errors import ReftuneError
+
+
+class ReftLayer(BaseTunerLayer, Intervention):
+    """The child module of a block, as PEFT keeps books on it.
+
+    Args:
+        block: the block that carries it.
+    """
+
+    adapter_layer_names = Intervention.adapter_layer_names
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, block: nn.Module) -> None:
+        Intervention.__init__(self)
+        self._disable_adapters = False
+        self._block = (block,)  # in a tuple, so that it is no child of its own child
+
+    def get_base_layer(self) -> nn.Module:
+        """The block."""
+        return self._block[0]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; **changes this module**."""
+        super().delete_adapter(adapter_name)
+        self.placements.pop(adapter_name, None)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        parameters = (p for n, p in self.get_base_layer().named_parameters() if "intervention." not in n)
+        device = device or next((p.device for p in parameters), None)
+        for container in (self.reft_edits, self.reft_suffix_edits):
+            if adapter_name in container and device is not None:
+                edit = container[adapter_name]
+                if not any(p.is_meta for p in edit.parameters()):
+                    edit.to(device=device)
+
+
+class ReftModel(BaseTuner):
+    """The tuner that ``get_peft_model(model, ReftConfig(...))`` builds: ``peft_model.base_model``."""
+
+    prefix: str = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    @property
+    def engine(self) -> Engine:
+        """The engine on the base model."""
+        return Engine.of(self.model) or Engine(self.model, ReftLayer)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Attach an adapter's edits; **changes the model** (see ``BaseTuner.inject_adapter`` for the arguments).
+
+        Raises:
+            ReftuneError: a layer, component or rank that this model does not have.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, ReftConfig):
+            raise ReftuneError(
+                f"adapter {adapter_name!r} is a {config.peft_type} adapter; ReFT attaches ReftConfig only."
+            )
+        self._check_new_adapter_config(config)
+        engine = self.engine
+        if engine.make_intervention is not ReftLayer:
+            raise ReftuneError(
+                "This model carries edits from reftune.attach: detach them before making it a PEFT model."
+            )
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            sites = engine.add(adapter_name, config.spec())
+        self.targeted_module_names += [s.block_path for s in sites if s.block_path not in self.targeted_module_names]
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(self),
+            adapter_name=adapter_name,
+            activate_adapter=adapter_name in self.active_adapters,
+        )
+        for parameter, required in trainable:
+            parameter.requires_grad = required
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise ReftuneError("ReFT replaces no module; its adapters are attached by inject_adapter.")
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter(self.active_adapters)
+
+    def set_scale(self, adapter_name: str, value: float) -> None:
+        """Multiply what an adapter adds; **changes the model**, and is not saved with the adapter.
+
+        Args:
+            adapter_name: one of this model's ReFT adapters.
+            value: 1 as trained, 0 nothing, between them weaker, negative the other way.
+
+        Raises:
+            ReftuneError: an adapter that is not on this model.
+        """
+        found = [
+            layer.placements[adapter_name]
+            for layer in self.engine.interventions.values()
+            if adapter_name in layer.placements
+        ]
+        if not found:
+            raise ReftuneError(
+                f"adapter {adapter_name!r} is not on this model, which has {self.engine.adapter_names()}."
+            )
+        for placement in found:
+            placement.scale = float(value)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with self.engine.mixed(kwargs.get("adapter_names")):
+            yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; **changes the model**."""
+        super().delete_adapter(adapter_name)
+        self.engine.remove(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Remove every edit; **changes the model** back.
+
+        Returns:
+            The base model, bit-exactly as it was before the first adapter.
+        """
+        self.engine.detach()
+        return self._finish_unloading(merge=False)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold the edits into the weights, where that is the same function, and remove them; **changes the model**.
+
+        An edit at chosen positions depends on the token's place and cannot be a weight. What can: an edit that adds the
+        same vector at every token (``lobireft`` at ``positions="all"``) to the output of a module that has a bias.
+
+        Raises:
+            ReftuneError: an adapter that no weight can express; nothing has been changed then.
+        """
+        engine = self.engine
+        merge_constant(engine, adapter_names or self.active_adapters, safe=safe_merge)
+        engine.detach()
+        return self._finish_unloading(merge=True)
+
+    def _finish_unloading(self, merge: bool) -> nn.Module:
+        """Unwrap ``modules_to_save`` and forget PEFT's marks."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, name = path.rpartition(".")
+                if merge or not isinstance(module, ModulesToSaveWrapper):
+                    kept = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+                else:
+                    kept = module.original_module
+                setattr(self.model.get_submodule(parent), name, kept)
+        others = {name: c for name, c in self.peft_config.items() if not isinstance(c, ReftConfig)}
+        if others:
+            self.model.peft_config = others
+        elif hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Not offered: a merged constant could not be told apart again; use ``merge_and_unload``."""
+        raise ReftuneError(
+            "ReFT adapters are not merged in place: use merge_and_unload(), or keep the adapter attached."
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        check_tensors(model, config, adapter_name, remapped)
+        return remapped
+
+
+def register() -> None:
+    """Make PEFT know ReFT; once a process."""
+    if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="reft", config_cls=ReftConfig, model_cls=ReftModel, prefix=ReftModel.prefix)
+
+
+register()

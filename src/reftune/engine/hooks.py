@@ -1,0 +1,345 @@
+"""The engine: hooks and child modules on a model, and their removal. `attach`, the tuner and causal methods call it.
+
+Every target block gets a child module ``intervention`` and forward hooks that apply it; blocks are never wrapped or
+replaced, so module paths, ``isinstance`` checks, device maps and gradient checkpointing stay as they were. Detaching
+restores bit-exact outputs.
+
+How a plan travels. The root's pre-hook makes one immutable ``PositionPlan`` a forward. The hook of the module that owns
+the blocks adds it to their keyword arguments, a block's hook takes it out, and where an edit sits inside the block the
+argument goes on to its attention module, whose own hook takes it: transformers checkpoints a block's ``forward``, so a
+recomputation in backward passes through that attention hook again and sees the plan of its own forward, however many
+forwards came in between. Where a model does not hand keyword arguments down, the plan is read from the planner, and two
+forwards that both await a checkpointed backward are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from reftune.edits import make_edit
+from reftune.engine.forwards import accepts_any_keyword
+from reftune.engine.intervention import Intervention, Placement
+from reftune.engine.planning import Planner
+from reftune.engine.positions import Positions, parse_positions
+from reftune.engine.sites import Site, attention_module, find_sites
+from reftune.errors import ReftuneError
+
+PLAN = "reft_plan"
+CHILD = "intervention"
+ENGINE = "_reftune_engine"
+BASE_ROW = "__base__"
+
+
+@dataclass(frozen=True)
+class EditSpec:
+    """Sites x positions x edit: everything that makes an adapter, in the names of the public contract.
+
+    Attributes:
+        method: a registered edit's name, or an ``nn.Module`` class.
+        r: rank.
+        layers_to_transform: a layer, a list of layers (negatives count from the end), or ``"all"``.
+        component: where in the block (see ``reftune.engine.sites``).
+        positions: which tokens (see ``reftune.engine.positions``).
+        share_weights: one edit for prefix and suffix; False: one each.
+        options: further arguments of the edit (dropout, act_fn, init, parametrization).
+    """
+
+    method: str | type[nn.Module] = "loreft"
+    r: int = 4
+    layers_to_transform: int | Sequence[int] | Literal["all"] = "all"
+    component: str = "block_output"
+    positions: str = "l1"
+    share_weights: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, site: Site) -> nn.Module:
+        """A fresh edit for a site."""
+        return make_edit(self.method, site.width, self.r, **self.options)
+
+
+class _Generate:
+    """Stands in for ``model.generate`` while edits are attached (docs/decisions/0002), and is removed with them."""
+
+    def __init__(self, planner: Planner):
+        self.planner = planner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.planner.generate(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(type(self.planner.model).generate)  # type: ignore[attr-defined]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Engine:
+    """All edits on one model. ``attach`` and the PEFT tuner make it; ``Engine.of(model)`` gives a model's own, if any.
+
+    Args:
+        model: the model, which keeps its class, modules and paths.
+        make_intervention: makes the child module of a block.
+    """
+
+    def __init__(self, model: nn.Module, make_intervention: Callable[[nn.Module], Intervention]):
+        self.model = model
+        self.make_intervention = make_intervention
+        self.interventions: dict[str, Intervention] = {}
+        self.planner = Planner(model, self.active_positions)
+        self._handles: list[Any] = []
+
+    @staticmethod
+    def of(model: nn.Module) -> Engine | None:
+        """The engine attached to a model, or None."""
+        return model.__dict__.get(ENGINE)
+
+    # Adding and removing adapters
+
+    def add(self, name: str, spec: EditSpec) -> list[Site]:
+        """Give every site of ``spec`` a fresh edit under the adapter ``name``; **changes the model**.
+
+        Returns:
+            The sites.
+        """
+        positions = parse_positions(spec.positions)
+        sites = find_sites(self.model, spec.component, spec.layers_to_transform)  # type: ignore[arg-type]
+        untied = not spec.share_weights and positions.has_two_ends
+        edits = [(spec.build(site), spec.build(site) if untied else None) for site in sites]
+        for site, (edit, pair) in zip(sites, edits, strict=True):
+            self.place(name, Placement(site, positions), edit, pair)
+        self.refresh()
+        return sites
+
+    def place(self, name: str, placement: Placement, edit: nn.Module, pair: nn.Module | None = None) -> None:
+        """Put a ready-made edit at one site (``refresh`` then makes it work); **changes the model**.
+
+        Args:
+            name: the adapter's name.
+            placement: where and when it edits.
+            edit: the edit, or the prefix's edit of an untied pair.
+            pair: the suffix's edit of an untied pair.
+        """
+        path = placement.site.block_path
+        block = self.model.get_submodule(path)
+        if path not in self.interventions:
+            if hasattr(block, CHILD):
+                raise ReftuneError(f"{path or 'the model'} already has a child called {CHILD!r} that is not an edit's.")
+            self.interventions[path] = self.make_intervention(block)
+        parameter = next((p for n, p in block.named_parameters() if not n.startswith(f"{CHILD}.")), None)
+        for module in (edit, pair):
+            if module is None:
+                continue
+            module.train(self.model.training)
+            if parameter is not None and not any(p.is_meta for p in module.parameters()):
+                module.to(device=parameter.device)
+        block.add_module(CHILD, self.interventions[path])
+        self.interventions[path].add(name, placement, edit, pair)
+
+    def remove(self, name: str) -> None:
+        """Forget the adapter ``name``; **changes the model**. Removing the last one detaches the engine."""
+        for path, intervention in list(self.interventions.items()):
+            intervention.remove(name)
+            if not intervention.placements:
+                self._drop(path)
+        self.refresh()
+
+    def detach(self) -> None:
+        """Remove everything that was added; **changes the model**, whose outputs are bit-exactly the base's again."""
+        for path in list(self.interventions):
+            self._drop(path)
+        self.refresh()
+
+    def _drop(self, path: str) -> None:
+        delattr(self.model.get_submodule(path), CHILD)
+        del self.interventions[path]
+
+    # Reading
+
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters present."""
+        return list(dict.fromkeys(name for found in self.interventions.values() for name in found.placements))
+
+    def edits(self, name: str) -> dict[str, nn.Module]:
+        """An adapter's edits by block path (``<path>:suffix`` for the second of an untied pair)."""
+        return {
+            f"{path}:suffix" if part == "suffix" else path: edit
+            for path, found in self.interventions.items()
+            if name in found.placements
+            for part, edit in found.parts(name)
+        }
+
+    @contextmanager
+    def mixed(self, row_adapters: Sequence[str] | None) -> Iterator[None]:
+        """For the length of a ``with`` block, edit every row of a batch by its own adapter.
+
+        Args:
+            row_adapters: a name for each row, ``"__base__"`` for no edit; None changes nothing.
+
+        Raises:
+            ReftuneError: a name that is not on this model.
+        """
+        if row_adapters is None:
+            yield
+            return
+        names = list(row_adapters)
+        unknown = sorted(set(names) - set(self.adapter_names()) - {BASE_ROW})
+        if unknown:
+            raise ReftuneError(f"adapter_names: {unknown} not on this model, which has {self.adapter_names()}.")
+        try:
+            self._set_row_adapters(names)
+            yield
+        finally:
+            self._set_row_adapters(None)
+
+    def _set_row_adapters(self, names: list[str] | None) -> None:
+        self.planner.row_adapters = names
+        for found in self.interventions.values():
+            found.row_adapters = names
+
+    def active_positions(self) -> dict[str, Positions]:
+        """Positions of the adapters that edit now."""
+        return {
+            name: found.placements[name].positions
+            for found in self.interventions.values()
+            for name in found.active_names()
+        }
+
+    # Installing hooks
+
+    def refresh(self) -> None:
+        """Install the hooks that the present adapters need, after removing the earlier ones; **changes the model**."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        own = self.model.__dict__
+        if own.pop(ENGINE, None) is not None and isinstance(own.get("generate"), _Generate):
+            del own["generate"]
+        if not self.interventions:
+            return
+        own[ENGINE] = self
+        if hasattr(type(self.model), "generate") and "generate" not in own:
+            own["generate"] = _Generate(self.planner)
+        self._on_forward(self.model, self.planner.enter)
+        stacks = {
+            placement.site.stack.owner_path: placement.site.stack
+            for found in self.interventions.values()
+            for placement in found.placements.values()
+            if placement.site.stack is not None
+        }
+        for owner_path, stack in stacks.items():
+            owner = self.model.get_submodule(owner_path)
+            blocks = [self.model.get_submodule(path) for path in stack.block_paths]
+            hands_down = all(accepts_any_keyword(module) for module in [owner, *blocks])
+            self._on_forward(owner, partial(self._enter_stack, stack.name, hands_down))
+        for path, intervention in self.interventions.items():
+            self._hook_block(path, intervention)
+
+    def _on_forward(self, module: nn.Module, enter: Callable[..., Any]) -> None:
+        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self.planner.leave, always_call=True))
+
+    def _hook_block(self, path: str, intervention: Intervention) -> None:
+        block = self.model.get_submodule(path)
+        sites = [placement.site for placement in intervention.placements.values()]
+        places = dict.fromkeys((site.module_path, site.side) for site in sites)
+        inside = any(module_path != path for module_path, _ in places)
+        attention = attention_module(block) if inside else None
+        hands_on = (
+            attention is not None and attention is not block and all(map(accepts_any_keyword, (block, attention)))
+        )
+        stack = sites[0].stack.name if sites[0].stack else ""
+        enter = partial(self._enter_block, intervention, stack, hands_on)
+        self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        if attention is not None and hands_on:
+            enter = partial(self._enter_attention, intervention)
+            self._handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
+        for module_path, side in places:
+            module = self.model.get_submodule(module_path)
+            edit = partial(self._edit, intervention, module_path, side, module_path != path)
+            self._handles.append(edit_passing(module, side, edit))
+
+    # The hooks
+
+    def _enter_stack(self, stack: str, hands_down: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self.planner.in_forward:
+            args, kwargs = self.planner.enter(module, args, kwargs)
+        if hands_down:
+            kwargs = {**kwargs, PLAN: self.planner.plan_of(stack)}
+        return args, kwargs
+
+    def _enter_block(
+        self,
+        intervention: Intervention,
+        stack: str,
+        hands_on: bool,
+        block: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        carried = PLAN in kwargs
+        if carried or self.planner.in_forward:
+            intervention.plan = kwargs.get(PLAN) if carried else self.planner.plan_of(stack)
+        if carried and not hands_on:
+            kwargs = {name: value for name, value in kwargs.items() if name != PLAN}
+        intervention.carried = False
+        return args, kwargs
+
+    def _enter_attention(
+        self, intervention: Intervention, attention: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        if PLAN in kwargs:
+            intervention.carried = True
+            intervention.plan = kwargs[PLAN]
+            kwargs = {name: value for name, value in kwargs.items() if name != PLAN}
+        return args, kwargs
+
+    def _edit(self, intervention: Intervention, path: str, side: str, inside: bool, hidden: Tensor) -> Tensor:
+        if inside and not intervention.carried:
+            self.planner.edit_without_carried_plan()
+        return intervention.apply_at(path, side, hidden)
+
+
+def edit_passing(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let the tensor that passes one side of a module (of several, the first) go through ``edit``; **adds a hook**.
+
+    Args:
+        module: the module to hook.
+        side: ``"input"`` or ``"output"``.
+        edit: is called at every forward of the module.
+
+    Returns:
+        The hook's handle; ``handle.remove()`` undoes it.
+    """
+    if side == "output":
+        return module.register_forward_hook(partial(_edit_output, edit))
+    return module.register_forward_pre_hook(partial(_edit_input, edit), with_kwargs=True)
+
+
+def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return edit(output)
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return type(output)([edit(output[0]), *output[1:]])
+    raise ReftuneError(
+        f"{type(module).__name__} returns a {type(output).__name__}; an edit needs a tensor or a tuple of tensors."
+    )
+
+
+def _edit_input(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    if args and isinstance(args[0], Tensor):
+        return (edit(args[0]), *args[1:]), kwargs
+    name = (
+        "hidden_states"
+        if "hidden_states" in kwargs
+        else next((k for k, v in kwargs.items() if isinstance(v, Tensor)), None)
+    )
+    if name is None:
+        raise ReftuneError(f"{type(module).__name__} is called without a tensor; its input cannot be edited.")
+    return args, {**kwargs, name: edit(kwargs[name])}

@@ -1,0 +1,263 @@
+"""One plan a forward: reads each forward of a model, remembers what ``generate`` was given, and hands out plans."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
+from reftune.engine.position_plan import NOTHING, Mask, PositionPlan
+from reftune.engine.positions import Positions
+from reftune.engine.prompt_memory import PromptMemory
+from reftune.engine.traced_layout import layout_of
+from reftune.errors import ReftuneError
+
+CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
+"""Arguments of ours that any forward takes; they are taken out before the model sees them."""
+
+TWO_FORWARDS = (
+    "Two forwards await one backward under gradient checkpointing, with an edit inside the block, on a model that does "
+    "not hand keyword arguments to its attention: the rows of the first can no longer be told. Run backward after each "
+    "forward, switch gradient checkpointing off, or use component='block_output'."
+)
+
+CHECKPOINTED_GENERATION = (
+    "generate in training mode with gradient checkpointing runs without a cache: transformers drops the cache inside "
+    "checkpointed layers, and each step would see its last token alone. model.eval() makes it fast again."
+)
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Call:
+    """A forward under way: the module that began it, and the plan of each of its stacks."""
+
+    module: nn.Module
+    with_grad: bool
+    plans: dict[str, PositionPlan | None] = field(default_factory=dict)
+    counted: bool = False
+
+
+def by_adapter(value: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """A call argument by adapter name: as given, or the same for every name."""
+    if value is None:
+        return {}
+    given = value if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    return {name: torch.as_tensor(one) != 0 for name, one in given.items()}
+
+
+def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Tensor | dict[str, Tensor]:
+    """Check a caller's ``intervention_mask``: (batch, sequence), true where edits apply; or such by adapter name."""
+    if isinstance(mask, Mapping):
+        return {name: _check_one_mask(value, batch, sequence, device) for name, value in mask.items()}
+    return _check_one_mask(mask, batch, sequence, device)
+
+
+def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
+    mask = torch.as_tensor(mask, device=device)
+    if tuple(mask.shape) != (batch, sequence):
+        raise ReftuneError(
+            f"intervention_mask has shape {tuple(mask.shape)}, expected (batch, sequence) = {(batch, sequence)}."
+        )
+    return mask != 0
+
+
+class Planner:
+    """Makes the plan of every forward of one model.
+
+    Args:
+        model: the root module.
+        active_positions: gives the positions of the adapters that edit now, by adapter.
+    """
+
+    def __init__(self, model: nn.Module, active_positions: Callable[[], dict[str, Positions]]):
+        self.model = model
+        self.active_positions = active_positions
+        self.row_adapters: list[str] | None = None
+        self._awaiting_backward = 0
+        self._recomputed = False
+        self._calls: list[_Call] = []
+        self._memories: list[PromptMemory] = []
+        self._first_edited: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "active_positions": self.active_positions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    # Forwards
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of the model is under way (otherwise a hook that runs belongs to a recomputation)."""
+        return bool(self._calls)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Begin a forward of the root, or of a stack that is called by itself: take our arguments out and plan.
+
+        Returns:
+            ``args`` and ``kwargs`` without ``CALL_ARGUMENTS``.
+        """
+        call = _Call(module, torch.is_grad_enabled())
+        self._calls.append(call)
+        ours = {name: kwargs[name] for name in CALL_ARGUMENTS if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
+        active = self.active_positions()
+        ours["directions"] = by_adapter(ours.pop("intervention_directions", None), active)
+        if active:
+            arguments = bind(module, args, kwargs)
+            for stack, role in self._roles(module).items():
+                call.plans[stack] = self._plan(module, arguments, role, active, **ours)
+        return args, kwargs
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """End the forward that ``enter`` began for this module, whether it returned or raised."""
+        if self._calls and self._calls[-1].module is module:
+            self._calls.pop()
+
+    def plan_of(self, stack: str) -> PositionPlan | None:
+        """The current forward's plan for a stack (one of another kind than the root's tokens gets the whole row)."""
+        plans = self._calls[-1].plans if self._calls else {}
+        return plans.get(stack, plans.get("", NOTHING))
+
+    def _roles(self, module: nn.Module) -> dict[str, Role]:
+        if not is_encoder_decoder(self.model):
+            return {"": "only"}
+        if module is self.model:
+            return {"encoder": "encoder", "decoder": "decoder"}
+        return {"": "encoder"}  # transformers' generate runs the encoder by itself, once
+
+    def _plan(
+        self,
+        module: nn.Module,
+        arguments: dict[str, Any],
+        role: Role,
+        active: dict[str, Positions],
+        prompt_lengths: Any = None,
+        intervention_mask: Any = None,
+        directions: dict[str, Tensor] | None = None,
+    ) -> PositionPlan | None:
+        memory = self._memories[-1] if self._memories else None
+        if memory is not None and role != "encoder":
+            found = token_arguments(arguments, role, module, needs_prompt=False)
+            if found is None:
+                return NOTHING
+            size = found["batch"], found["sequence"], found["past_length"]
+            return memory.plan(*size, active, found["device"], self.row_adapters)
+        if memory is not None:
+            intervention_mask = memory.encoder_mask
+        keep_empty = module.training and torch.is_grad_enabled()
+        masked = (
+            intervention_mask
+            if isinstance(intervention_mask, Mapping)
+            else active
+            if intervention_mask is not None
+            else {}
+        )
+        needs_prompt = any(not positions.everywhere for name, positions in active.items() if name not in masked)
+        settled = prompt_lengths is not None
+        found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
+        if found is None:
+            return PositionPlan(None, None, keep_empty, self.row_adapters, directions)
+        found["needs_prompt"] = needs_prompt
+        mask: Mask = None
+        if intervention_mask is not None and role != "decoder":
+            mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
+            if isinstance(mask, Tensor) or set(mask) >= set(active):
+                return PositionPlan(None, mask, keep_empty, self.row_adapters, directions)
+        layout = layout_of(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
+        return PositionPlan(layout, mask, keep_empty, self.row_adapters, directions)
+
+    # Recomputation in backward, where a model does not hand the plan down
+
+    def edit_without_carried_plan(self) -> None:
+        """Note an edit inside a block whose plan did not come as a keyword argument.
+
+        Raises:
+            ReftuneError: it is a recomputation, and more than one checkpointed forward awaits its backward.
+        """
+        if not self._calls:
+            self._recomputed = True
+            if self._awaiting_backward > 1:
+                raise ReftuneError(TWO_FORWARDS)
+            return
+        call = self._calls[-1]
+        if call.counted or not call.with_grad or not getattr(self.model, "is_activation_checkpointing", False):
+            return
+        call.counted = True
+        self._awaiting_backward = 1 if self._recomputed else self._awaiting_backward + 1
+        self._recomputed = False
+
+    # Generation
+
+    def generate(
+        self, *args: Any, intervention_mask: Any = None, intervention_directions: Any = None, **kwargs: Any
+    ) -> Any:
+        """Run the model's own ``generate``, remembering where the prompts end.
+
+        Args:
+            *args: as for ``transformers.GenerationMixin.generate``.
+            intervention_mask: (batch, length), bool: the prompt tokens to edit, in place of the adapters' positions (of
+                an encoder-decoder: the encoder's tokens); or such masks by adapter name.
+            intervention_directions: (batch, r), bool: the directions of each edit that act on each row; or such by
+                adapter name.
+            **kwargs: as for ``transformers.GenerationMixin.generate``.
+
+        Raises:
+            ReftuneError: a cache was passed in which earlier turns edited tokens that can no longer be recomputed.
+        """
+        kind: Any = type(self.model)
+        base_generate = kind.generate
+        active = self.active_positions()
+        if not active:
+            return base_generate(self.model, *args, **kwargs)
+        attended, past, device = generation_prompt(self.model, args, kwargs)
+        memory = PromptMemory(attended.to(device), directions=by_adapter(intervention_directions, active))
+        if intervention_mask is not None and is_encoder_decoder(self.model):
+            memory.encoder_mask = intervention_mask
+        elif intervention_mask is not None:
+            rows, length = attended.shape
+            memory.mask = check_mask(intervention_mask, rows, length, device)
+        cache = kwargs.get("past_key_values")
+        if past:
+            self._rewind(cache, past, memory, active, args, kwargs)
+        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
+            if kwargs.setdefault("use_cache", False) is False:
+                logger.warning_once(CHECKPOINTED_GENERATION)
+        self._memories.append(memory)
+        try:
+            result = base_generate(self.model, *args, **kwargs)
+        finally:
+            self._memories.pop()
+        for kept in (cache, getattr(result, "past_key_values", None)):
+            if kept is not None and memory.first_edited is not None:
+                self._first_edited[kept] = memory.first_edited
+        return result
+
+    def _rewind(
+        self, cache: Any, past: int, memory: PromptMemory, active: dict[str, Positions], args: Any, kwargs: Any
+    ) -> None:
+        """Crop a conversation's cache to the first token that an earlier turn edited or that this one edits."""
+        memory.plan(memory.attended.shape[0], memory.attended.shape[1], 0, active, memory.attended.device)
+        keep = min(
+            past, self._first_edited.pop(cache, past), past if memory.first_edited is None else memory.first_edited
+        )
+        memory.first_edited = None
+        if keep == past:
+            return
+        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if tokens is None or tokens.shape[1] != memory.attended.shape[1] or not hasattr(cache, "crop"):
+            raise ReftuneError(
+                f"The cache passed to generate holds {past} tokens, but from token {keep} on they must be computed "
+                "again: only the newest prompt is edited. Pass the whole conversation's input_ids with the cache, or "
+                "no cache."
+            )
+        cache.crop(keep - past)

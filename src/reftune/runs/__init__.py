@@ -1,0 +1,42 @@
+"""A recipe carried out, from a file of rows to an adapter's folder.
+
+Open `recipe.py` for what can be set (every flag and YAML key is a field there), `recipe_values.py` for how values are
+read, `completion.py` and `classification.py` for the two kinds of run, `steps.py` for what they share,
+`output_folder.py` for what happens to files, `model_card.py` for the README that a run writes, `demo.py` for
+`reftune demo`.
+
+Nothing here imports `cli`, `comparison` or `sweeps`, which are built on it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reftune.runs.recipe import TrainRecipe
+    from reftune.runs.steps import TrainedRun
+
+
+def run_training(recipe: TrainRecipe, console: Console | None = None) -> TrainedRun:
+    """Train as the recipe says and write the output folder.
+
+    Args:
+        recipe: the recipe.
+        console: where to print (`show` and the progress); standard error by default.
+
+    Raises:
+        ReftuneError: anything the user can mend; what the output folder held before is whole then.
+        TrainingInterrupted: after Ctrl-C in training.
+    """
+    from rich.console import Console
+
+    console = console or Console(stderr=True)
+    if recipe.task == "classification":
+        from reftune.runs.classification import run_classification
+
+        return run_classification(recipe, console)
+    from reftune.runs.completion import run_completion
+
+    return run_completion(recipe, console)

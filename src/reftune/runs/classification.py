@@ -1,0 +1,230 @@
+"""Carry out a recipe with `task: classification`: edits and a new head, trained and tested as in the paper's GLUE runs.
+
+The best checkpoint by the task's metric on the validation rows is kept; the test rows are looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from torch import nn
+
+from reftune import models
+from reftune.data.classification import NUMBER, LabelScheme, label_scheme, read_texts
+from reftune.data.formats import LabelledText
+from reftune.data.glue import GLUE, GlueTask, split_held_out
+from reftune.data.splitting import split_rows
+from reftune.data.tokenising import encode_dataset
+from reftune.errors import ReftuneError
+from reftune.evaluation.classification import (
+    ClassificationScore,
+    compute_metrics,
+    evaluate_classification,
+    measures_for,
+)
+from reftune.inference.classifying import EditedClassifier, describe_labels
+from reftune.output.files import write_text
+from reftune.runs.output_folder import check_output, readable_disk_errors
+from reftune.runs.recipe import TrainRecipe
+from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
+from reftune.training.trainer import ReftTrainer
+
+_NO_PREFIXES = (
+    "a classifier has no completion to reuse a prompt for, and an encoder attends in both directions, so that an edit "
+    "changes every token above it"
+)
+_PEFTS_OWN = ("classifier", "score")  # PEFT saves these of every classifier by itself
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Rows with labels as names (or floats): training, validation (may be none), and tests by name (may be none)."""
+
+    scheme: LabelScheme
+    train: list[LabelledText]
+    validation: list[LabelledText]
+    tests: dict[str, list[LabelledText]]
+
+
+def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
+    """Train a classifier as the recipe says and write the output folder; errors as for `runs.run_training`."""
+    output = Path(recipe.output).expanduser()
+    checkpoint = check_output(recipe, output)
+    data = read_classification_data(recipe)
+    scheme = data.scheme
+    measures = measures_for(scheme, recipe.glue, recipe.metric)
+    if recipe.glue is None:  # run.yaml says what the head's outputs mean
+        recipe = replace(recipe, labels=NUMBER if scheme.regression else list(scheme.names))
+    transformers.set_seed(recipe.seed)
+    new_weights: list[str] = []
+    base, tokenizer = models.load(
+        recipe.full_path("model"),
+        recipe.dtype,
+        recipe.device,
+        quantization=recipe.quantization,
+        task="seq_cls",
+        num_labels=scheme.outputs,
+        new_weights=new_weights,
+    )
+    describe_labels(base, scheme)
+    head = head_modules(base, new_weights)
+    model = get_peft_model(base, recipe.adapter_config([name for name in head if name not in _PEFTS_OWN]))
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
+    train_set, eval_set = (encode_texts(rows, recipe, tokenizer, scheme) for rows in (data.train, data.validation))
+    begin_training(recipe, output, checkpoint, train_set, tokenizer, console)
+    best: dict[str, Any] = (
+        {"metric_for_best_model": f"eval_{measures.main}", "greater_is_better": True} if data.validation else {}
+    )
+    trainer = ReftTrainer(
+        model=model,
+        args=training_arguments(recipe, output, len(train_set), bool(data.validation), **best),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics(measures, scheme),
+    )
+    trainer.prefixes.switch_off(_NO_PREFIXES)
+    train_until_done(trainer, recipe, output, checkpoint)
+    classifier = EditedClassifier(
+        trainer.model, tokenizer, scheme, recipe.max_length, recipe.glue, recipe.metric, output
+    )
+    return write_results(recipe, output, trainer, _report(classifier, data, trainer, recipe), tokenizer)
+
+
+def read_classification_data(recipe: TrainRecipe) -> ClassificationData:
+    """The rows of a recipe, each label checked.
+
+    GLUE on the Hub brings its own held-out rows. With `split_eval` part of the held-out rows is the test (see
+    `data.glue.split_held_out`).
+
+    Raises:
+        ReftuneError: naming file, row and column.
+    """
+    task = GLUE[recipe.glue] if recipe.glue else None
+    train = _read(recipe, recipe.train_file, recipe.split, task)
+    held_out: list[LabelledText] | None = None
+    if recipe.eval_file:
+        held_out = _read(recipe, recipe.eval_file, task.validation if task else "validation", task)
+    elif task and not recipe.eval_fraction and not _is_file(recipe.train_file):
+        held_out = _read(recipe, recipe.train_file, task.validation, task)
+    scheme = LabelScheme(task.labels) if task else label_scheme(train, recipe.labels)
+    train, held_out = split_rows(train, eval_fraction=recipe.eval_fraction, eval_rows=held_out, seed=recipe.seed)
+    label_scheme(train, NUMBER if scheme.regression else scheme.names)  # what is left must be of two classes at least
+    tests: dict[str, list[LabelledText]] = {}
+    if recipe.split_eval:
+        if len(held_out) < 2:
+            raise ReftuneError(
+                f"split_eval: there are {len(held_out)} held-out rows to split; give eval_file or eval_fraction."
+            )
+        held_out, tests["test"] = split_held_out(held_out, recipe.seed)
+    second = task.mismatched if task else None
+    name = "test_mismatched" if second else "test_file" if tests else "test"
+    if recipe.test_file:
+        tests[name] = _read(recipe, recipe.test_file, second or "test", task)
+    elif second and not _is_file(recipe.train_file):
+        tests[name] = _read(recipe, recipe.train_file, second, task)
+    return ClassificationData(
+        scheme,
+        [scheme.read(row) for row in train],
+        [scheme.read(row) for row in held_out],
+        {name: [scheme.read(row) for row in rows] for name, rows in tests.items()},
+    )
+
+
+def encode_texts(rows: list[LabelledText], recipe: TrainRecipe, tokenizer: Any, scheme: LabelScheme) -> Any:
+    """Rows as the trainer takes them, in order; None where there are none."""
+    if not rows:
+        return None
+    return encode_dataset(
+        rows,
+        tokenizer,
+        max_length=recipe.max_length,
+        on_long_prompt=recipe.long_prompts,
+        label_names=list(scheme.names),
+        progress=len(rows) > 2000,
+    )
+
+
+def head_modules(model: nn.Module, new_weights: list[str]) -> list[str]:
+    """Modules that must be trained and saved with the edits: the head, and whatever else started at random.
+
+    Args:
+        model: a sequence classifier.
+        new_weights: parameters that its checkpoint does not hold, such as the pooler of some encoders.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    outside = [
+        name
+        for name, child in model.named_children()
+        if name != backbone and next(child.parameters(), None) is not None
+    ]
+    random = {name.rpartition(".")[0] for name in new_weights}
+    inside = [name for name in sorted(random) if name and not any(f"{name}.".startswith(f"{o}.") for o in outside)]
+    return [*outside, *inside]
+
+
+def _read(recipe: TrainRecipe, source: str, split: str, task: GlueTask | None) -> list[LabelledText]:
+    columns = recipe.columns if isinstance(recipe.columns, dict) else None
+    names = task.columns if task else ()
+    return read_texts(source, columns=columns, names=names, split=split, limit=recipe.limit_rows)
+
+
+def _is_file(source: str) -> bool:
+    return Path(source).expanduser().is_file()
+
+
+def _report(
+    classifier: EditedClassifier, data: ClassificationData, trainer: ReftTrainer, recipe: TrainRecipe
+) -> dict[str, Any]:
+    """What `metrics.json` holds; **writes** the test rows' predictions beside it."""
+    parts = {"validation": data.validation, **data.tests}
+    scores = {
+        name: evaluate_classification(classifier, rows, recipe.batch_size) for name, rows in parts.items() if rows
+    }
+    for name in data.tests:
+        _write_predictions(classifier, data.tests[name], scores[name], name)
+    history = trainer.state.log_history
+    epochs = [
+        {"epoch": entry["epoch"], **{key.removeprefix("eval_"): entry[key] for key in entry if _is_metric(key)}}
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    edits = sum(p.numel() for n, p in classifier.model.named_parameters() if p.requires_grad and ".reft_" in n)
+    return {
+        **trainer.report(),
+        "train_rows": len(data.train),
+        "eval_rows": len(data.validation),
+        "task": recipe.task,
+        "glue": recipe.glue,
+        "labels": list(data.scheme.names) or NUMBER,
+        "edit_parameters": edits,
+        "epochs": epochs,
+        **{name: score.as_dict() for name, score in scores.items()},
+    }
+
+
+def _is_metric(key: str) -> bool:
+    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_time"))
+
+
+def _write_predictions(
+    classifier: EditedClassifier, rows: list[LabelledText], score: ClassificationScore, name: str
+) -> None:
+    if classifier.folder is None:
+        return
+    lines = [
+        json.dumps(
+            {"text": row.text, "text_pair": row.text_pair, "label": row.label, "predicted": predicted},
+            ensure_ascii=False,
+        )
+        for row, predicted in zip(rows, score.predictions, strict=True)
+    ]
+    with readable_disk_errors(classifier.folder):
+        write_text(classifier.folder / f"{name}_predictions.jsonl", "\n".join(lines) + "\n")

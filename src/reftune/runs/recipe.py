@@ -1,0 +1,330 @@
+"""`TrainRecipe`: everything that decides a training run. Flags, YAML keys and `run.yaml` are all read off its fields.
+
+To add an option: one field here with its help, and the line in `runs` (or in one of the methods below) that uses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from reftune.adapter.config import ReftConfig
+from reftune.data.classification import NUMBER
+from reftune.data.glue import GLUE
+from reftune.data.tokenising import Encoding
+from reftune.edits import available_edits
+from reftune.edits.base import Init
+from reftune.edits.rotated import Parametrization
+from reftune.engine.positions import parse_positions
+from reftune.errors import ReftuneError
+from reftune.models import BUNDLED, BUNDLED_ENCODER
+from reftune.runs.recipe_values import check_names, coerce, read_columns, read_labels, read_layers, read_yaml
+from reftune.training.arguments import no_type_check
+
+RUN_FILE = "run.yaml"
+DEMO_DATA = "demo"
+_PER_CALL = ("resume", "overwrite", "show")
+"""Fields that say what one call does and not what is trained: `run.yaml` leaves them at their defaults."""
+
+
+def _option(default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = ()) -> Any:
+    """A field with its help. `aka`: what other libraries call it, so that an unknown key can name ours."""
+    return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka})
+
+
+@no_type_check  # it takes what YAML and a command line give, and makes it the declared type itself
+@dataclass(frozen=True)
+class TrainRecipe:
+    """What to train, on what, and where to write it; validated when made.
+
+    Raises:
+        ReftuneError: naming the field, its value and the way out.
+    """
+
+    task: Literal["completion", "classification"] = _option(
+        "completion", "Data", "What is learned: a completion of each prompt, or each text's class (or a number)."
+    )
+    train_file: str = _option(
+        "",
+        "Data",
+        "CSV, TSV, JSON, JSONL or Parquet file, Hub dataset name, or 'demo' (the bundled pirate).",
+        aka=("data",),
+    )
+    eval_file: str | None = _option(None, "Data", "File of held-out rows; the best checkpoint by their loss is kept.")
+    eval_fraction: float = _option(0.0, "Data", "Hold out this share of the training rows.", "share, 0 to 1")
+    split: str = _option("train", "Data", "Split of a Hub dataset.")
+    test_file: str | None = _option(
+        None, "Data", "Classification: file of rows to test the best checkpoint on (for MNLI: the mismatched ones)."
+    )
+    split_eval: bool = _option(
+        False, "Data", "Classification: part of the held-out rows chooses the checkpoint, the rest is the test (GLUE)."
+    )
+    glue: Literal["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"] | None = _option(
+        None, "Data", "Classification: the GLUE task whose columns, classes and metrics these are."
+    )
+    labels: str | list[str] | None = _option(
+        None,
+        "Data",
+        "Classification: class names in the order of their numbers (no,yes), or 'number'; default: as in the file.",
+        "name,name,...",
+        ("label_names",),
+    )
+    metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = _option(
+        None, "Data", "Classification: what chooses the checkpoint; default: GLUE's own, accuracy, or correlation."
+    )
+    columns: str | dict[str, str] | None = _option(
+        None, "Data", "Names of your columns: prompt=question,completion=answer.", "field=column,..."
+    )
+    limit_rows: int | None = _option(None, "Data", "Read only the first rows of each file.", "rows", ("max_samples",))
+    template: str | None = _option(
+        None, "Data", "Text around a prompt, with one %s or {prompt}; default: the tokenizer's chat template."
+    )
+    system_prompt: str | None = _option(None, "Data", "System message for rows without one.")
+    max_length: int | None = _option(
+        None, "Data", "Longest row, prompt and completion; default: the model's limit.", "tokens", ("max_seq_length",)
+    )
+    long_prompts: Literal["error", "truncate"] = _option(
+        "error", "Data", "A prompt that does not fit: 'error' names its row, 'truncate' drops its beginning."
+    )
+    model: str = _option(
+        BUNDLED,
+        "Model",
+        "Base model: 'smollm2' or 'minilm' (bundled), a local folder, a .gguf file or a Hub name.",
+        aka=("base_model",),
+    )
+    dtype: str | None = _option(
+        None, "Model", "float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32.", aka=("torch_dtype",)
+    )
+    device: str | None = _option(None, "Model", "cpu, cuda, cuda:1, mps; default: the best there is.")
+    quantization: Literal["4bit", "8bit"] | None = _option(None, "Model", "Load the base in 4 or 8 bits (CUDA).")
+    method: str = _option("loreft", "Adapter", f"The edit: {', '.join(available_edits())}, or a registered name.")
+    rank: int = _option(4, "Adapter", "Dimensions of the edited subspace.", "dimensions", ("r", "low_rank_dimension"))
+    layers: str | int | list[int] = _option(
+        "all",
+        "Adapter",
+        "Layers to edit, from 0: 8, 3,9,18 or all; -1 is the last.",
+        "layer numbers",
+        ("layers_to_transform",),
+    )
+    positions: str = _option(
+        "l1", "Adapter",
+        "Tokens to edit: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token; "
+        "+generated adds those after the prompt, as in l1+generated.",
+        aka=("position",),
+    )  # fmt: skip
+    component: str = _option(
+        "block_output", "Adapter", "Where in the layer: block_output, mlp_output, attention_output, ..."
+    )
+    share_weights: bool = _option(True, "Adapter", "One edit for the first and the last tokens, or one for each.")
+    dropout: float = _option(
+        0.0, "Adapter", "Chance that an element of the edit is dropped in training.", "share, 0 to 1"
+    )
+    act_fn: str | None = _option(None, "Adapter", "Activation inside the edit (relu, gelu, ...); default: linear.")
+    init: Init = _option(
+        "identity", "Adapter", "Start as the base model ('identity') or at random as the paper's code ('paper')."
+    )
+    parametrization: Parametrization = _option(
+        "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
+    )
+    epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
+    batch_size: int = _option(8, "Training", "Rows of one forward pass.", "rows", ("per_device_train_batch_size",))
+    gradient_accumulation: int = _option(
+        1, "Training", "Forward passes of one optimiser step.", "passes", ("gradient_accumulation_steps",)
+    )
+    lr: float = _option(
+        4e-3, "Training", "Peak learning rate: 4e-3 suits a few layers, 9e-4 all.", "per step", ("learning_rate",)
+    )
+    warmup_ratio: float = _option(
+        0.0, "Training", "Share of the steps in which the learning rate rises.", "share, 0 to 1"
+    )
+    warmup_steps: int | None = _option(None, "Training", "The same as a number of steps.", "steps")
+    weight_decay: float = _option(0.0, "Training", "Weight decay of AdamW.", "per step")
+    optimizer: str | None = _option(
+        None,
+        "Training",
+        "adamw_torch, paged_adamw_32bit, ... as transformers names them; default: AdamW.",
+        aka=("optim",),
+    )
+    schedule: str = _option(
+        "linear", "Training", "How the learning rate falls: linear, cosine, constant, ...", aka=("lr_scheduler_type",)
+    )
+    max_grad_norm: float = _option(1.0, "Training", "Clip the gradient to this norm.", "norm")
+    gradient_checkpointing: bool = _option(
+        False, "Training", "Recompute activations in backward: less memory, more time."
+    )
+    prefix_reuse: Literal["auto", "on", "off"] = _option(
+        "auto", "Training", "Compute what the edit leaves alone once: 'auto' where it is exact, 'on' insists."
+    )
+    seed: int = _option(42, "Training", "Seed of initialisation, row order, dropout and held-out rows.")
+    log_every: int | None = _option(
+        None, "Training", "Log the loss so often; default: about 100 times.", "steps", ("logging_steps",)
+    )
+    output: str = _option("out", "Output", "Folder of the adapter, its metrics, curve and card.", aka=("output_dir",))
+    resume: bool = _option(False, "Output", "Go on from the newest whole checkpoint in the output folder.")
+    overwrite: bool = _option(False, "Output", "Start again although the output folder holds an unfinished run.")
+    show: int = _option(0, "Output", "Print so many tokenised rows first, edited and learnt tokens marked.", "rows")
+    tensorboard: bool = _option(True, "Output", "Write TensorBoard logs to <output>/runs.")
+    wandb: bool = _option(False, "Output", "Log to Weights & Biases.")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, coerce(item, field_type(item), getattr(self, item.name)))
+        if self.glue and not self.train_file:
+            object.__setattr__(self, "train_file", GLUE[self.glue].source)
+        if not self.train_file:
+            raise ReftuneError("There is nothing to train on: give --train-file FILE (or the key train_file).")
+        object.__setattr__(self, "layers", read_layers(self.layers))
+        object.__setattr__(self, "positions", parse_positions(self.positions).text)
+        object.__setattr__(self, "columns", read_columns(self.columns))
+        object.__setattr__(self, "labels", read_labels(self.labels))
+        self._check_task()
+        for name in ("rank", "batch_size", "gradient_accumulation", "limit_rows", "log_every"):
+            self._at_least(name, 1)
+        for name in ("seed", "show", "warmup_steps", "weight_decay", "max_grad_norm"):
+            self._at_least(name, 0)
+        for name in ("epochs", "lr"):
+            if getattr(self, name) <= 0:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0.")
+        for name in ("eval_fraction", "warmup_ratio", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 0 and below 1.")
+        if self.eval_file and self.eval_fraction:
+            raise ReftuneError("eval_file and eval_fraction are both given: held-out rows come from one of them.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ReftuneError(f"max_length={self.max_length}: a row needs a prompt token and a label, so at least 2.")
+        if self.warmup_ratio and self.warmup_steps is not None:
+            raise ReftuneError(
+                f"warmup_steps={self.warmup_steps}: warmup_ratio={self.warmup_ratio:g} is given too; keep one of them."
+            )
+        optimizers = [name.value for name in OptimizerNames]
+        if self.optimizer is not None and self.optimizer not in optimizers:
+            close = difflib.get_close_matches(self.optimizer, optimizers, n=3)
+            raise ReftuneError(f"optimizer={self.optimizer!r}: choose one of {', '.join(close or optimizers)}.")
+        schedules = [kind.value for kind in SchedulerType]
+        if self.schedule not in schedules:
+            raise ReftuneError(f"schedule={self.schedule!r}: choose one of {', '.join(schedules)}.")
+        self.adapter_config()
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ReftuneError(f"{name}={value}: must be at least {least}.")
+
+    def _check_task(self) -> None:
+        """Refuse options that the other task alone has."""
+        classifies = self.task == "classification"
+        others = (
+            ("template", "system_prompt") if classifies else ("test_file", "split_eval", "glue", "labels", "metric")
+        )
+        for name in others:
+            if getattr(self, name):
+                way_out = "leave it out" if classifies else "set task: classification"
+                raise ReftuneError(f"{name}={getattr(self, name)!r} has no meaning for task={self.task!r}: {way_out}.")
+        if classifies and self.prefix_reuse == "on":
+            raise ReftuneError("prefix_reuse='on' is not possible for a classifier: use 'auto' or 'off'.")
+        if self.glue and self.labels:
+            raise ReftuneError(f"labels={self.labels!r}: glue={self.glue!r} has its own; leave one of the two out.")
+        numbers = not GLUE[self.glue].labels if self.glue else self.labels == NUMBER if self.labels else None
+        if self.metric and numbers is not None and numbers != (self.metric in ("pearson", "spearman")):
+            of = "a number" if numbers else "classes"
+            raise ReftuneError(f"metric={self.metric!r} does not measure {of}; leave it out, or name one that does.")
+
+    def adapter_config(self, head: Sequence[str] = ()) -> ReftConfig:
+        """The adapter as PEFT takes it; `head`: a classifier's modules that are trained and saved whole."""
+        layers: Any = self.layers
+        return ReftConfig(
+            method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
+            positions=self.positions, share_weights=self.share_weights, dropout=self.dropout, act_fn=self.act_fn,
+            init=self.init, parametrization=self.parametrization,
+            task_type="SEQ_CLS" if self.task == "classification" else "CAUSAL_LM",
+            modules_to_save=list(head) or None,
+        )  # fmt: skip
+
+    def encoding(self, tokenizer: Any) -> Encoding:
+        """How rows become tokens."""
+        return Encoding(tokenizer, self.template, self.system_prompt, self.max_length, self.long_prompts)
+
+    def full_path(self, name: str) -> Any:
+        """A field that may be a local path, in full where it is one; a Hub name or None stays."""
+        value = getattr(self, name)
+        if not value or value in (DEMO_DATA, BUNDLED, BUNDLED_ENCODER) or not Path(value).expanduser().exists():
+            return value
+        return str(Path(value).expanduser().resolve())
+
+    def to_yaml(self) -> str:
+        """The recipe as `run.yaml` holds it: every key, local files by their full path, ready to run again anywhere."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _PER_CALL}
+        values |= {name: self.full_path(name) for name in ("train_file", "eval_file", "test_file", "model")}
+        values["output"] = str(Path(self.output).expanduser().resolve())
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_fields() -> list[Field[Any]]:
+    """The fields in order: what a command line or a table of options is made from."""
+    return list(fields(TrainRecipe))
+
+
+def adapter_keys() -> list[str]:
+    """The fields that describe an edit, `method` first."""
+    return [item.name for item in recipe_fields() if item.metadata["group"] == "Adapter"]
+
+
+def field_type(item: Field[Any]) -> Any:
+    """A field's type, `str | None` for instance, as an object."""
+    return typing.get_type_hints(TrainRecipe)[item.name]
+
+
+def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> TrainRecipe:
+    """Make a recipe from a YAML file and flags, which win.
+
+    Args:
+        path: a recipe, or a folder with a `run.yaml`; None for flags alone.
+        flags: values by field name; None means "not given".
+
+    Raises:
+        ReftuneError: a file that is missing or not YAML, a key that does not exist, a value out of range.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    if path is None:
+        return TrainRecipe(**given)
+    path = Path(path).expanduser()
+    path = path / RUN_FILE if path.is_dir() else path
+    values = read_yaml(path)
+    check_keys(values, path)
+    merged = {name: value for name, value in values.items() if name not in given}
+    if "eval_file" in given:
+        merged.pop("eval_fraction", None)
+    if "eval_fraction" in given:
+        merged.pop("eval_file", None)
+    for name, other in (("warmup_ratio", "warmup_steps"), ("warmup_steps", "warmup_ratio")):
+        if name in given:
+            merged.pop(other, None)
+    try:
+        return TrainRecipe(**{**merged, **given})
+    except ReftuneError as error:
+        if any(str(error).startswith((f"{name}=", f"{name} ")) for name in merged):
+            raise ReftuneError(f"{path}: {error}") from None
+        raise
+
+
+def check_keys(values: Mapping[str, Any], path: Path) -> None:
+    """Refuse keys that are no fields.
+
+    Raises:
+        ReftuneError: naming the file, the key and the fields near it.
+    """
+    check_names(values, {item.name: item.metadata["aka"] for item in recipe_fields()}, f"recipe {path}")
+
+
+def with_output(recipe: TrainRecipe, output: str | os.PathLike[str]) -> TrainRecipe:
+    """The same recipe, writing elsewhere."""
+    return replace(recipe, output=str(output))
