@@ -123,7 +123,7 @@ def test_a_full_disk_for_the_answers(cli, trained: Path, monkeypatch, tmp_path: 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("reftune.runs.steps.write_text", full)
+    monkeypatch.setattr("reftune.output.files.write_text", full)
     out = tmp_path / "answers.jsonl"
     refused(cli("generate", trained, "--prompt", "hi", "--max-new-tokens", 2, "--out", out), "the disk is full")
     assert not out.exists()
