@@ -79,13 +79,21 @@ def load_edited(
     )
     edited = load_adapter(base, folder)
     edited.eval()
-    encoding = Encoding(
+    encoding = recorded_encoding(folder, tokenizer, template, system_prompt)
+    return EditedModel(edited, tokenizer, within_context(encoding, base), folder)
+
+
+def recorded_encoding(
+    folder: Path, tokenizer: Any, template: str | None = None, system_prompt: str | None = None
+) -> Encoding:
+    """How prompts become tokens for an adapter: as its `run.yaml` says, but for what is given."""
+    recorded = recorded_run(folder)
+    return Encoding(
         tokenizer,
         template if template is not None else recorded.get("template"),
         system_prompt if system_prompt is not None else recorded.get("system_prompt"),
         on_long_prompt="error",
     )
-    return EditedModel(edited, tokenizer, within_context(encoding, base), folder)
 
 
 def recorded_run(folder: Path) -> dict[str, Any]:
