@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import MISSING, Field
+from collections.abc import Callable, Iterable
+from dataclasses import Field
 from typing import Annotated, Any, Literal
 
 import typer
+
+from reftune.runs.recipe_values import default_text
 
 
 def flag_name(item: Field[Any]) -> str:
@@ -27,7 +29,7 @@ def flag_parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     name = flag_name(item)
     is_switch = kind is bool
     declared = [f"{name}/--no-{name[2:]}" if is_switch else name]
-    default = _default_text(item, is_switch)
+    default = ("on" if item.default else "") if is_switch else default_text(item)
     option = typer.Option(
         *declared,
         help=item.metadata["help"] + (f" (default: {default})" if default else ""),
@@ -43,15 +45,12 @@ def flag_parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     )
 
 
-def with_flags(
-    function: Callable[..., Any], items: list[Field[Any]], type_of: Callable[[Field[Any]], Any]
-) -> Callable[..., Any]:
+def with_flags(function: Callable[..., Any], items: Iterable[tuple[Field[Any], Any]]) -> Callable[..., Any]:
     """The function with an option for each field in place of its `**flags`; **changes its signature**.
 
     Args:
         function: takes its own parameters and `**flags`, the fields' values by name.
-        items: the fields.
-        type_of: a field's type.
+        items: the fields, each with its type.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     own = [
@@ -59,7 +58,7 @@ def with_flags(
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    made = [flag_parameter(item, type_of(item)) for item in items]
+    made = [flag_parameter(item, kind) for item, kind in items]
     function.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *made)}
     return function
@@ -81,11 +80,3 @@ def _metavar(item: Field[Any], kind: Any) -> str:
     if typing.get_origin(first) is Literal:
         return "|".join(typing.get_args(first))
     return item.metadata["unit"].upper().replace(" ", "-") if item.metadata["unit"].isalpha() else "VALUE"
-
-
-def _default_text(item: Field[Any], is_switch: bool) -> str:
-    if item.default is MISSING or item.default in (None, ""):
-        return ""
-    if is_switch:
-        return "on" if item.default else ""
-    return f"{item.default:g}" if isinstance(item.default, float) else str(item.default)

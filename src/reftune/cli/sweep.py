@@ -11,7 +11,7 @@ from rich.table import Table
 
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
-from reftune.sweeps.recipe import resolve_sweep, sweep_field_type, sweep_option_fields
+from reftune.sweeps.recipe import resolve_sweep, sweep_options
 
 if TYPE_CHECKING:
     from reftune.sweeps.running import SweepResult
@@ -73,4 +73,4 @@ def _print(result: SweepResult, console: Console) -> None:
     )
 
 
-with_flags(sweep, sweep_option_fields(), sweep_field_type)
+with_flags(sweep, sweep_options())

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from reftune.cli.flags import with_flags
-from reftune.runs.recipe import field_type, recipe_fields, resolve_recipe
+from reftune.runs.recipe import TrainRecipe, resolve_recipe
+from reftune.runs.recipe_values import typed_fields
 
 
 def train(
@@ -31,4 +32,4 @@ def train(
     print_training(run_training(resolved), console)
 
 
-with_flags(train, recipe_fields(), field_type)
+with_flags(train, typed_fields(TrainRecipe))

@@ -6,8 +6,9 @@ To add one: its keys in `_KEYS` and a branch in `peft_config` (or in `attach_met
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -16,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
-from reftune.runs.recipe import TrainRecipe, adapter_keys, recipe_fields
-from reftune.runs.recipe_values import check_names, read_layers
+from reftune.runs.recipe import TrainRecipe, adapter_keys
+from reftune.runs.recipe_values import also_known_as, check_names, read_layers, read_number, told_at
 
 WEIGHTS = ("lora", "dora")
 OTHERS = ("ia3", "prefix", "prompt", "full", "base")
@@ -28,21 +29,53 @@ TRAINING_KEYS = (
 )  # fmt: skip
 """Keys of training that a method may set for itself; the others decide data and budget, which all methods share."""
 
-_TARGETS: Mapping[str, tuple[str, ...]] = {"target_modules": ("modules", "targets")}
-_TOKENS: Mapping[str, tuple[str, ...]] = {"virtual_tokens": ("num_virtual_tokens", "tokens", "length")}
-_LORA: Mapping[str, tuple[str, ...]] = {
-    "rank": ("r",),
-    "alpha": ("lora_alpha",),
-    "dropout": ("lora_dropout",),
-    "layers": ("layers_to_transform",),
+
+@dataclass(frozen=True)
+class _Key:
+    """A method's own key: how its value is read (given the key's name and the value), and what it is when absent."""
+
+    read: Callable[[str, Any], Any]
+    aka: tuple[str, ...] = ()
+    default: Any = None
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ReftuneError(f"{key}={value!r}: write true or false.")
+    return value
+
+
+def _names(key: str, value: Any) -> list[str] | str:
+    """Module names; PEFT has its own for the known architectures, and for `all-linear`."""
+    if value == "all-linear":
+        return value
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, str) for part in parts):
+        raise ReftuneError(f"{key}={value!r}: write module names, such as [q_proj, v_proj], or all-linear.")
+    return [part.strip() for part in parts]
+
+
+def _layers(key: str, value: Any) -> list[int] | None:
+    layers = read_layers(value)
+    return None if layers == "all" else [layers] if isinstance(layers, int) else layers
+
+
+_whole = partial(read_number, whole=True, least=1)
+_TARGETS = {"target_modules": _Key(_names, ("modules", "targets"))}
+_TOKENS = {"virtual_tokens": _Key(_whole, ("num_virtual_tokens", "tokens", "length"), 20)}
+_LORA = {
+    "rank": _Key(_whole, ("r",), 8),
+    "alpha": _Key(read_number, ("lora_alpha",)),  # twice the rank by default
+    "dropout": _Key(partial(read_number, least=0), ("lora_dropout",), 0.0),
+    "layers": _Key(_layers, ("layers_to_transform",)),
     **_TARGETS,
 }
-_KEYS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+_KEYS: Mapping[str, Mapping[str, _Key]] = {
     "lora": _LORA,
     "dora": _LORA,
-    "ia3": {**_TARGETS, "feedforward_modules": ()},
-    "prefix": {**_TOKENS, "prefix_projection": ()},
-    "prompt": {**_TOKENS, "init_text": ("prompt_tuning_init_text",)},
+    "ia3": {**_TARGETS, "feedforward_modules": _Key(_names)},
+    "prefix": {**_TOKENS, "prefix_projection": _Key(_flag, default=False)},
+    "prompt": {**_TOKENS, "init_text": _Key(lambda _, value: str(value), ("prompt_tuning_init_text",))},
     "full": {},
     "base": {},
 }
@@ -104,120 +137,70 @@ class Method:
         return ", ".join(parts)
 
 
-def read_method(name: str, given: Any, shared: Mapping[str, Any], where: str) -> Method:
+def read_method(name: str, given: Any, shared: Mapping[str, Any]) -> Method:
     """Check one entry under `methods`.
 
     Args:
         name: its name.
         given: its keys; a bare word means `{method: word}`.
         shared: the TrainRecipe keys at the top of the recipe.
-        where: the file, for messages.
 
     Raises:
         ReftuneError: naming the method, the key, its value and the way out.
     """
-    where = f"{where}: methods: {name}"
-    values: dict[str, Any] = {"method": given} if isinstance(given, str) else dict(given or {})
-    kind = _kind(values.pop("method", name), where)
-    weights, plus, _ = kind.partition("+")
-    edits = bool(plus) or kind not in (*WEIGHTS, *OTHERS)
-    own: dict[str, tuple[str, ...]] = dict(_KEYS.get(kind, {}))
-    if plus:  # plain keys are the edit's, LoRA's carry its name
-        own = {f"lora_{key}": () for key in _LORA}
-    trained = [key for key in TRAINING_KEYS if key != "prefix_reuse" or (edits and not plus)] if kind != "base" else []
-    names = {item.name: item.metadata["aka"] for item in recipe_fields()}
-    known = own | {key: names[key] for key in (*(adapter_keys()[1:] if edits else ()), *trained)}
-    for key in values:
-        if key in names and key not in (*known, *adapter_keys(), *TRAINING_KEYS):
-            raise ReftuneError(f"{where}: {key!r} is shared by all methods; write it at the top of the recipe.")
-    check_names(values, {"method": (), **known}, where)
-    settings = {key: value for key, value in values.items() if key not in own}
-    if "lr" not in values and "lr" not in shared and (weights in _DEFAULT_LR) and not plus:
-        settings["lr"] = _DEFAULT_LR[weights]
-    if plus or not edits:
-        settings["prefix_reuse"] = "off"  # what these train lies under every token
-    if edits:
-        settings["method"] = kind.partition("+")[2] or kind
-    try:
-        train = TrainRecipe(**{**shared, **settings})
-        options = _options(kind, {key.removeprefix("lora_") if plus else key: values.get(key) for key in own})
-        method = Method(name, kind, train, options)
+    with told_at(name):
+        if given is not None and not isinstance(given, (str, Mapping)):
+            raise ReftuneError(f"{given!r}: write `{{method: loreft, ...}}`.")
+        values: dict[str, Any] = {"method": given} if isinstance(given, str) else dict(given or {})
+        kind = _kind(values.pop("method", name))
+        weights, plus, _ = kind.partition("+")
+        edits = bool(plus) or kind not in (*WEIGHTS, *OTHERS)
+        keys = _LORA if plus else _KEYS.get(kind, {})
+        prefix = "lora_" if plus else ""  # plain keys are the edit's, LoRA's carry its name
+        own = {prefix + key: () if plus else item.aka for key, item in keys.items()}
+        trained = [key for key in TRAINING_KEYS if key != "prefix_reuse" or (edits and not plus)]
+        names = also_known_as(TrainRecipe)
+        known = own | {
+            key: names[key] for key in (*(adapter_keys()[1:] if edits else ()), *(trained if kind != "base" else ()))
+        }
+        for key in values:
+            if key in names and key not in (*known, *adapter_keys(), *TRAINING_KEYS):
+                raise ReftuneError(f"{key!r} is shared by all methods; write it at the top of the recipe.")
+        check_names(values, {"method": (), **known})
+        settings = {key: value for key, value in values.items() if key not in own}
+        if "lr" not in (*values, *shared) and weights in _DEFAULT_LR and not plus:
+            settings["lr"] = _DEFAULT_LR[weights]
+        if plus or not edits:
+            settings["prefix_reuse"] = "off"  # what these train lies under every token
+        if edits:
+            settings["method"] = kind.partition("+")[2] or kind
+        options = {
+            key: item.default if (value := values.get(prefix + key)) is None else item.read(key, value)
+            for key, item in keys.items()
+        }
+        if "alpha" in options:
+            options["alpha"] = options["alpha"] or 2.0 * options["rank"]
+        method = Method(name, kind, TrainRecipe(**{**shared, **settings}), options)
         if method.weights or not edits and kind not in ("full", "base"):
-            peft_config(method)
-    except ReftuneError as error:
-        raise ReftuneError(f"{where}: {error}") from None
-    except (ValueError, TypeError) as error:  # PEFT's own checks
-        raise ReftuneError(f"{where}: {error}") from None
+            try:
+                peft_config(method)
+            except (ValueError, TypeError) as error:  # PEFT's own checks
+                raise ReftuneError(str(error)) from None
     return method
 
 
-def _kind(value: Any, where: str) -> str:
+def _kind(value: Any) -> str:
     kind = str(value).strip().lower()
     weights, plus, edit = (part.strip() for part in kind.partition("+"))
-    known = [*OTHERS, *WEIGHTS, *available_edits()]
-    if plus:
-        if weights not in WEIGHTS or edit not in available_edits():
-            raise ReftuneError(
-                f"{where}: method={value!r}: a pair is LoRA or DoRA and an edit, such as lora+loreft; the edits are "
-                f"{', '.join(available_edits())}."
-            )
-        return f"{weights}+{edit}"
-    if kind not in known:
-        check_names([kind], dict.fromkeys(known, ()), where, "method")
-    return kind
-
-
-def _options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's own keys with their defaults, as the declared types."""
-    options: dict[str, Any] = {}
-    for key, value in given.items():
-        if key == "rank":
-            options[key] = _number(key, 8 if value is None else value, whole=True)
-        elif key == "alpha":
-            options[key] = 2.0 * options["rank"] if value is None else _number(key, value)
-        elif key == "dropout":
-            options[key] = _number(key, 0.0 if value is None else value, least=0.0)
-        elif key == "virtual_tokens":
-            options[key] = _number(key, 20 if value is None else value, whole=True)
-        elif key == "prefix_projection":
-            options[key] = _switch(key, value)
-        elif key == "layers":
-            layers = None if value is None or value == "all" else read_layers(value)
-            options[key] = [layers] if isinstance(layers, int) else layers
-        elif key == "init_text":
-            options[key] = None if value is None else str(value)
-        else:
-            options[key] = _names(key, value)
-    return options
-
-
-def _number(key: str, value: Any, *, whole: bool = False, least: float = 1e-12) -> Any:
-    try:
-        number = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError):
-        number = None
-    if number is None or number != number or number < least or (whole and not number.is_integer()):
-        what = (
-            "a whole number of at least 1" if whole else "a number of at least 0" if least == 0 else "a number above 0"
+    if not plus:
+        check_names([kind], dict.fromkeys((*OTHERS, *WEIGHTS, *available_edits()), ()), what="method")
+        return kind
+    if weights not in WEIGHTS or edit not in available_edits():
+        raise ReftuneError(
+            f"method={value!r}: a pair is LoRA or DoRA and an edit, such as lora+loreft; the edits are "
+            f"{', '.join(available_edits())}."
         )
-        raise ReftuneError(f"{key}={value!r}: give {what}.")
-    return int(number) if whole else number
-
-
-def _switch(key: str, value: Any) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise ReftuneError(f"{key}={value!r}: write true or false.")
-    return bool(value)
-
-
-def _names(key: str, value: Any) -> list[str] | str | None:
-    """Module names; PEFT has its own for the known architectures, and for `all-linear`."""
-    if value is None or value == "all-linear":
-        return value
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, str) for part in parts):
-        raise ReftuneError(f"{key}={value!r}: write module names, such as [q_proj, v_proj], or all-linear.")
-    return [part.strip() for part in parts]
+    return f"{weights}+{edit}"
 
 
 def _listed(value: Any) -> str:

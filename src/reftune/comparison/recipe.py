@@ -11,8 +11,8 @@ import yaml
 
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
-from reftune.runs.recipe import TrainRecipe, adapter_keys, recipe_fields
-from reftune.runs.recipe_values import check_names, read_yaml
+from reftune.runs.recipe import TrainRecipe, adapter_keys
+from reftune.runs.recipe_values import also_known_as, check_names, merged, read_number, read_yaml, told_at
 
 RECIPE_FILE = "comparison.yaml"
 JUDGED_BY = ("final", "best")
@@ -71,8 +71,7 @@ class CompareRecipe:
             ReftuneError: there is none of that name.
         """
         names = {method.name: method for method in self.methods}
-        if name not in names:
-            check_names([name], dict.fromkeys(names, ()), "methods", "name")
+        check_names([name], dict.fromkeys(names, ()), "methods", "name")
         return names[name]
 
     def runs(self) -> list[tuple[Method, int]]:
@@ -116,61 +115,45 @@ def resolve_comparison(source: str | Path | Mapping[str, Any], flags: Mapping[st
         path = Path(source).expanduser()
         path = path / RECIPE_FILE if path.is_dir() else path
         values, where = read_yaml(path), f"recipe {path}"
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
-    if "eval_file" in given:
-        values.pop("eval_fraction", None)
-    if "eval_fraction" in given:
-        values.pop("eval_file", None)
-    return _checked(values | given, where)
+    with told_at(where):
+        return _checked(merged(values, flags))
 
 
-def _checked(values: dict[str, Any], where: str) -> CompareRecipe:
+def _checked(values: dict[str, Any]) -> CompareRecipe:
     adapter = adapter_keys()
-    top = {item.name: item.metadata["aka"] for item in recipe_fields() if item.name not in (*adapter, *_ONE_RUN)}
+    top = also_known_as(TrainRecipe, {*adapter, *_ONE_RUN})
     for key in values:
         if key in adapter:
-            raise ReftuneError(f"{where}: {key!r} belongs to a method; write it under its name in `methods`.")
+            raise ReftuneError(f"{key!r} belongs to a method; write it under its name in `methods`.")
         if key in _ONE_RUN:
-            raise ReftuneError(f"{where}: {key!r} is a key of one training run, not of a comparison; leave it out.")
-    check_names(values, {**_OWN, **top}, where)
-    shared = {name: value for name, value in values.items() if name in top}
-    shared.setdefault("output", "comparison")
+            raise ReftuneError(f"{key!r} is a key of one training run, not of a comparison; leave it out.")
+    check_names(values, {**_OWN, **top})
     entries = values.get("methods")
     if not isinstance(entries, Mapping) or not entries:
-        raise ReftuneError(f"{where}: methods={entries!r}: write at least one `name: {{method: loreft, ...}}`.")
-    try:
-        recipe = TrainRecipe(**{**shared, "tensorboard": False})
-    except ReftuneError as error:
-        raise ReftuneError(f"{where}: {error}") from None
+        raise ReftuneError(f"methods={entries!r}: write at least one `name: {{method: loreft, ...}}`.")
+    shared: dict[str, Any] = {name: value for name, value in values.items() if name in top} | {"tensorboard": False}
+    shared.setdefault("output", "comparison")
+    recipe = TrainRecipe(**shared)
     if recipe.task != "completion":
-        raise ReftuneError(f"{where}: task={recipe.task!r}: completions are compared; classifiers are not.")
+        raise ReftuneError(f"task={recipe.task!r}: completions are compared; classifiers are not.")
     if not recipe.eval_file and not recipe.eval_fraction:
-        raise ReftuneError(f"{where}: methods are judged on held-out rows: give eval_file, or eval_fraction: 0.1.")
-    shared["tensorboard"] = False
-    methods: list[Method] = []
-    for name, entry in entries.items():
-        if entry is not None and not isinstance(entry, (str, Mapping)):
-            raise ReftuneError(f"{where}: methods: {name}: {entry!r}: write `{{method: loreft, ...}}`.")
-        methods.append(read_method(str(name), entry, shared, where))
-    _distinct_folders(methods, where)
-    generate = _generate(values.get("generate"), where)
-    tokens = values.get("max_new_tokens", 64)
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ReftuneError(f"{where}: max_new_tokens={tokens!r}: give a whole number of tokens, at least 1.")
-    judged = values.get("judge_by", "final")
+        raise ReftuneError("methods are judged on held-out rows: give eval_file, or eval_fraction: 0.1.")
+    with told_at("methods"):
+        methods = [read_method(str(name), entry, shared) for name, entry in entries.items()]
+    _check_distinct_folders(methods)
+    judged, options = values.get("judge_by", "final"), values.get("options")
     if judged not in JUDGED_BY:
-        raise ReftuneError(f"{where}: judge_by={judged!r}: choose {' or '.join(JUDGED_BY)}.")
-    options = values.get("options")
+        raise ReftuneError(f"judge_by={judged!r}: choose {' or '.join(JUDGED_BY)}.")
     if options is not None and not Path(str(options)).expanduser().is_file():
-        raise ReftuneError(f"{where}: options={options!r}: there is no such file.")
+        raise ReftuneError(f"options={options!r}: there is no such file.")
     return CompareRecipe(
         shared=recipe,
         methods=tuple(methods),
-        seeds=_seeds(values.get("seeds", [0]), where),
-        generate=generate,
-        max_new_tokens=tokens,
+        seeds=_seeds(values.get("seeds", [0])),
+        generate=_generate(values.get("generate")),
+        max_new_tokens=read_number("max_new_tokens", values.get("max_new_tokens", 64), whole=True, least=1),
         options=None if options is None else str(options),
-        reference=_reference(values.get("reference"), methods, where),
+        reference=_reference(values.get("reference"), methods),
         judge_by=judged,
         title=str(values.get("title") or "Comparison of methods"),
         given=values,
@@ -182,38 +165,34 @@ def folder_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in name).strip(".") or "-"
 
 
-def _distinct_folders(methods: list[Method], where: str) -> None:
+def _check_distinct_folders(methods: list[Method]) -> None:
     seen: dict[str, str] = {}
     for method in methods:
-        folder = folder_name(method.name).lower()
-        if folder in seen:
-            raise ReftuneError(f"{where}: methods {seen[folder]!r} and {method.name!r} need names that differ more.")
-        seen[folder] = method.name
+        other = seen.setdefault(folder_name(method.name).lower(), method.name)
+        if other != method.name:
+            raise ReftuneError(f"methods {other!r} and {method.name!r} need names that differ more.")
 
 
-def _generate(value: Any, where: str) -> int:
-    if value is None or value is False:
-        return 0
-    if value is True:
-        return -1
+def _generate(value: Any) -> int:
+    if value is None or isinstance(value, bool):
+        return -1 if value else 0
     if not isinstance(value, int) or value < 0:
-        raise ReftuneError(f"{where}: generate={value!r}: write true (all held-out rows), false, or a number of rows.")
+        raise ReftuneError(f"generate={value!r}: write true (all held-out rows), false, or a number of rows.")
     return value
 
 
-def _seeds(value: Any, where: str) -> tuple[int, ...]:
+def _seeds(value: Any) -> tuple[int, ...]:
     seeds = value if isinstance(value, (list, tuple)) else [value]
     wrong = [seed for seed in seeds if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0]
     if wrong or not seeds or len(set(seeds)) != len(seeds):
-        raise ReftuneError(f"{where}: seeds={value!r}: write different whole numbers of at least 0, such as [0, 1, 2].")
+        raise ReftuneError(f"seeds={value!r}: write different whole numbers of at least 0, such as [0, 1, 2].")
     return tuple(seeds)
 
 
-def _reference(value: Any, methods: list[Method], where: str) -> str:
+def _reference(value: Any, methods: list[Method]) -> str:
     names = [method.name for method in methods]
     if value is not None:
-        if str(value) not in names:
-            check_names([str(value)], dict.fromkeys(names, ()), f"{where}: reference", "method")
+        check_names([str(value)], dict.fromkeys(names, ()), "reference", "method")
         return str(value)
     lora = [method.name for method in methods if method.kind == "lora"]
     trained = [method.name for method in methods if method.trains]

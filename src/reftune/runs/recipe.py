@@ -6,10 +6,8 @@ To add an option: one field here with its help, and the line in `runs` (or in on
 from __future__ import annotations
 
 import difflib
-import os
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,18 +25,24 @@ from reftune.edits.rotated import Parametrization
 from reftune.engine.positions import parse_positions
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, BUNDLED_ENCODER
-from reftune.runs.recipe_values import check_names, coerce, read_columns, read_labels, read_layers, read_yaml
+from reftune.runs.recipe_values import (
+    also_known_as,
+    check_names,
+    coerce_fields,
+    given,
+    merged,
+    read_columns,
+    read_labels,
+    read_layers,
+    read_yaml,
+)
+from reftune.runs.recipe_values import option as _option
 from reftune.training.arguments import no_type_check
 
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
 _PER_CALL = ("resume", "overwrite", "show")
 """Fields that say what one call does and not what is trained: `run.yaml` leaves them at their defaults."""
-
-
-def _option(default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = ()) -> Any:
-    """A field with its help. `aka`: what other libraries call it, so that an unknown key can name ours."""
-    return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka})
 
 
 @no_type_check  # it takes what YAML and a command line give, and makes it the declared type itself
@@ -176,8 +180,7 @@ class TrainRecipe:
     wandb: bool = _option(False, "Output", "Log to Weights & Biases.")
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            object.__setattr__(self, item.name, coerce(item, field_type(item), getattr(self, item.name)))
+        coerce_fields(self)
         if self.glue and not self.train_file:
             object.__setattr__(self, "train_file", GLUE[self.glue].source)
         if not self.train_file:
@@ -278,11 +281,6 @@ def adapter_keys() -> list[str]:
     return [item.name for item in recipe_fields() if item.metadata["group"] == "Adapter"]
 
 
-def field_type(item: Field[Any]) -> Any:
-    """A field's type, `str | None` for instance, as an object."""
-    return typing.get_type_hints(TrainRecipe)[item.name]
-
-
 def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> TrainRecipe:
     """Make a recipe from a YAML file and flags, which win.
 
@@ -293,38 +291,15 @@ def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | No
     Raises:
         ReftuneError: a file that is missing or not YAML, a key that does not exist, a value out of range.
     """
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
     if path is None:
-        return TrainRecipe(**given)
+        return TrainRecipe(**given(flags))
     path = Path(path).expanduser()
     path = path / RUN_FILE if path.is_dir() else path
     values = read_yaml(path)
-    check_keys(values, path)
-    merged = {name: value for name, value in values.items() if name not in given}
-    if "eval_file" in given:
-        merged.pop("eval_fraction", None)
-    if "eval_fraction" in given:
-        merged.pop("eval_file", None)
-    for name, other in (("warmup_ratio", "warmup_steps"), ("warmup_steps", "warmup_ratio")):
-        if name in given:
-            merged.pop(other, None)
+    check_names(values, also_known_as(TrainRecipe), f"recipe {path}")
     try:
-        return TrainRecipe(**{**merged, **given})
+        return TrainRecipe(**merged(values, flags))
     except ReftuneError as error:
-        if any(str(error).startswith((f"{name}=", f"{name} ")) for name in merged):
+        if any(str(error).startswith((f"{name}=", f"{name} ")) for name in values.keys() - given(flags).keys()):
             raise ReftuneError(f"{path}: {error}") from None
         raise
-
-
-def check_keys(values: Mapping[str, Any], path: Path) -> None:
-    """Refuse keys that are no fields.
-
-    Raises:
-        ReftuneError: naming the file, the key and the fields near it.
-    """
-    check_names(values, {item.name: item.metadata["aka"] for item in recipe_fields()}, f"recipe {path}")
-
-
-def with_output(recipe: TrainRecipe, output: str | os.PathLike[str]) -> TrainRecipe:
-    """The same recipe, writing elsewhere."""
-    return replace(recipe, output=str(output))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,52 @@ import yaml
 
 from reftune.data.classification import NUMBER
 from reftune.errors import ReftuneError
+
+_ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"))
+"""Keys that say the same in two ways."""
+
+
+def option(default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = ()) -> Any:
+    """A field with its help. `aka`: what other libraries call it, so that an unknown key can name ours."""
+    return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka})
+
+
+def typed_fields(owner: type, without: Collection[str] = ()) -> list[tuple[Field[Any], Any]]:
+    """The fields of a dataclass in order, each with its type as an object (`str | None` for instance)."""
+    kinds = typing.get_type_hints(owner)
+    return [(item, kinds[item.name]) for item in fields(owner) if item.name not in without]
+
+
+def also_known_as(owner: type, without: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+    """The fields of a dataclass with other libraries' words for them, as `check_names` takes them."""
+    return {item.name: item.metadata["aka"] for item in fields(owner) if item.name not in without}
+
+
+def coerce_fields(owner: Any) -> None:
+    """Make every field of a frozen dataclass, which is **changed**, its declared type; errors as for `coerce`."""
+    for item, kind in typed_fields(type(owner)):
+        object.__setattr__(owner, item.name, coerce(item, kind, getattr(owner, item.name)))
+
+
+def given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The flags that a command line gave: those that are not None."""
+    return {name: value for name, value in (flags or {}).items() if value is not None}
+
+
+def merged(values: Mapping[str, Any], flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A recipe's values and the given flags, which win also over what says the same in another way."""
+    flags = given(flags)
+    replaced = {b if a in flags else a for a, b in _ONE_OF_TWO if (a in flags) != (b in flags)}
+    return {name: value for name, value in values.items() if name not in replaced} | flags
+
+
+@contextmanager
+def told_at(where: str) -> Iterator[None]:
+    """Errors of the ``with`` block begin with where the fault is."""
+    try:
+        yield
+    except ReftuneError as error:
+        raise ReftuneError(f"{where}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -37,7 +85,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str, what: str = "key") -> None:
+def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str = "", what: str = "key") -> None:
     """Refuse keys that are not among `names`; other libraries' words for them, their values, are told as near.
 
     Raises:
@@ -50,7 +98,25 @@ def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where
         dashed = key.replace("-", "_")
         close = known_as or ([dashed] if dashed in names else difflib.get_close_matches(dashed, names, n=3, cutoff=0.5))
         way_out = f"did you mean {' or '.join(close)}?" if close else f"the {what}s are: {', '.join(names)}."
-        raise ReftuneError(f"{where}: unknown {what} {key!r}; {way_out}")
+        raise ReftuneError(f"{where}{': ' if where else ''}unknown {what} {key!r}; {way_out}")
+
+
+def read_number(name: str, value: Any, *, whole: bool = False, least: int | None = None, unit: str = "") -> Any:
+    """A number of at least `least` (above 0 where that is None), `4e-3` as text too.
+
+    Raises:
+        ReftuneError: anything else.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    enough = number > 0 if least is None else number >= least
+    if not enough or not math.isfinite(number) or (whole and not number.is_integer()):
+        bound = "above 0" if least is None else f"of at least {least}"
+        unit = f" ({unit})" if unit else ""
+        raise ReftuneError(f"{name}={value!r}: give {'a whole number' if whole else 'a number'} {bound}{unit}.")
+    return int(number) if whole else number
 
 
 def read_layers(value: Any) -> int | list[int] | Literal["all"]:

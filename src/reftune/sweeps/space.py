@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reftune.errors import ReftuneError
-from reftune.runs.recipe_values import check_names
+from reftune.runs.recipe_values import check_names, read_number, told_at
 
 Label = str | int | float | bool | None
 """What the study stores of a value: Optuna's choices are scalars, so that a list of layers is written out."""
@@ -105,15 +105,10 @@ def read_range(name: str, given: Mapping[Any, Any], whole: bool, read: Any) -> R
         raise ReftuneError(f"{where}: low={low:g} must be above 0 where log is true.")
     step = given.get("step")
     if step is not None:
-        try:
-            step = float(step)
-        except (TypeError, ValueError):
-            step = math.nan
-        if log or not 0 < step <= high - low or (whole and not step.is_integer()):
-            fits = "a whole number of at least 1" if whole else "a number above 0"
-            raise ReftuneError(
-                f"{where}: step={given['step']!r}: give {fits}, at most {high - low:g}, and none with log."
-            )
+        with told_at(where):
+            step = float(read_number("step", step, whole=whole, least=1 if whole else None))
+        if log or step > high - low:
+            raise ReftuneError(f"{where}: step={step:g}: give at most {high - low:g}, and none with log.")
     return Range(low, high, log, step, whole)
 
 
