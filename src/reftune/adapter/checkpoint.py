@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EDIT_KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?P<block>.*?)\.?intervention\.(?P<kind>reft_edits|reft_suffix_edits)\.(?P<tensor>\w+)$"
+)
+"""A tensor of an edit in a weights file: its block's path, which of an untied pair it belongs to, and its own name."""
 
 
 def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
@@ -102,4 +109,6 @@ def load_adapter(model: nn.Module, folder: str | Path, is_trainable: bool = Fals
     """
     read_adapter_config(folder)
     check_weights_file(folder)
+    from peft import PeftModel  # here, so that folders can be read without PEFT
+
     return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)

@@ -12,15 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reftune.adapter.checkpoint import WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.adapter.checkpoint import EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
 from reftune.adapter.config import ReftConfig
 from reftune.edits import make_edit
 from reftune.engine.positions import Positions, parse_positions
 from reftune.errors import ReftuneError
 
-_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?P<block>.*?)\.?intervention\.(?P<kind>reft_edits|reft_suffix_edits)\.(?P<tensor>\w+)$"
-)
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -80,7 +77,7 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
         raise ReftuneError(f"{folder}: peft_type is {values.get('peft_type')!r}, not 'REFT'.")
     tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in load_file(folder / WEIGHTS_FILE).items():
-        if match := _KEY.match(name):
+        if match := EDIT_KEY.match(name):
             tensors.setdefault((match["block"], match["kind"]), {})[match["tensor"]] = tensor
     if not tensors:
         raise ReftuneError(f"{folder / WEIGHTS_FILE} holds no edits.")

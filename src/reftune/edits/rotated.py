@@ -91,6 +91,10 @@ class RotatedEdit(Edit):
         retract_(self.rotation)
         self._seen = self._identify()
 
+    def trust_rotation(self) -> None:
+        """Take `rotation`, just loaded, as orthonormal: it is used to the bit until it changes."""
+        self._seen = self._identify()
+
     def _retract_if_moved(self) -> None:
         if torch.compiler.is_compiling():
             if self.training:  # the graph then holds the retraction; Python state such as _seen is not for graphs

@@ -1,0 +1,9 @@
+"""Many adapters on one base model: folded edits in a bank, and which tokens of a batch each of them edits.
+
+- `folded.py`: `read_folded(folder)` gives an adapter as arithmetic, h + (hA + b)B a site, without a model or PEFT.
+- `bank.py`: `Bank` keeps many of them as stacked tensors, within a budget; a request takes one and keeps it.
+- `row_plan.py`: which rows of a flat batch are edited, from four numbers a request.
+
+Imports `edits`, `engine`, `adapter` and `errors`. These three files import nothing of transformers or PEFT when they
+are imported, so that an inference engine's process can use them.
+"""
