@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from reftune.errors import ReftuneError
+from reftune.serving.catalogue import Catalogue, is_name
+
+
+def adapter(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    return path
+
+
+def test_adapters_are_the_folders_one_level_down_or_the_folder_itself(tmp_path: Path) -> None:
+    for name in ("a", "b", ".hidden", "none"):
+        (adapter if name != "none" else Path.mkdir)(tmp_path / "many" / name)
+    single = adapter(tmp_path / "single")
+    adapter(tmp_path / "many" / "none" / "too-deep")
+    assert Catalogue([tmp_path / "many", single]).names() == ["a", "b", "single"]
+
+
+def test_a_new_or_deleted_folder_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(tmp_path / "a")
+    monkeypatch.setattr("reftune.serving.catalogue._LOOK_AGAIN", 0.0)
+    catalogue = Catalogue([tmp_path])
+    adapter(tmp_path / "b")
+    assert catalogue.names() == ["a", "b"]
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    assert catalogue.folder("a") is None and catalogue.folder("b") == tmp_path / "b"
+
+
+def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
+    outside, inside = adapter(tmp_path / "outside" / "secret"), adapter(tmp_path / "served" / "a")
+    (tmp_path / "served" / "link-out").symlink_to(outside)
+    (tmp_path / "served" / "link-in").symlink_to(inside)
+    catalogue = Catalogue([tmp_path / "served"])
+    assert catalogue.names() == ["a", "link-in"]
+    with pytest.raises(ReftuneError, match="no adapter of that path"):
+        catalogue.add("x", outside)
+    with pytest.raises(ReftuneError, match="no adapter of that path"):
+        catalogue.add("x", "link-out")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a\\b", "/a", ".a", "a\n", "a\x00", "x" * 129, "C:a", "a*b", " a"]
+)
+def test_what_is_no_name(name: str, tmp_path: Path) -> None:
+    assert not is_name(name)
+    adapter(tmp_path / "a")
+    catalogue = Catalogue([tmp_path])
+    assert catalogue.folder(name) is None
+    with pytest.raises(ReftuneError):
+        catalogue.add(name, "a")
+
+
+def test_names_of_any_script(tmp_path: Path) -> None:
+    adapter(tmp_path / "お嬢様")
+    assert Catalogue([tmp_path]).names() == ["お嬢様"]
+
+
+def test_two_adapters_of_one_name_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    adapter(tmp_path / "one" / "a"), adapter(tmp_path / "two" / "a")
+    with pytest.raises(ReftuneError, match="two adapters are called 'a'"):
+        Catalogue([tmp_path / "one", tmp_path / "two"])
+    with pytest.raises(ReftuneError, match="no such folder"):
+        Catalogue([tmp_path / "three"])
+
+
+def test_ten_thousand_adapters_are_listed_quickly(tmp_path: Path) -> None:
+    import time
+
+    for number in range(2000):
+        adapter(tmp_path / f"a{number}")
+    begin = time.process_time()
+    assert len(Catalogue([tmp_path]).names()) == 2000
+    assert time.process_time() - begin < 1.0
