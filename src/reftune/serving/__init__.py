@@ -3,7 +3,9 @@
 - `folded.py`: `read_folded(folder)` gives an adapter as arithmetic, h + (hA + b)B a site, without a model or PEFT.
 - `bank.py`: `Bank` keeps many of them as stacked tensors, within a budget; a request takes one and keeps it.
 - `row_plan.py`: which rows of a flat batch are edited, from four numbers a request.
+- `requests.py`: what an engine is asked and gives back; `expression.py`: several adapters with strengths.
+- `catalogue.py`: which adapters may be served, found without loading.
 
-Imports `edits`, `engine`, `adapter` and `errors`. These three files import nothing of transformers or PEFT when they
+Imports `edits`, `engine`, `adapter` and `errors`. The first three files import nothing of transformers or PEFT when they
 are imported, so that an inference engine's process can use them.
 """
