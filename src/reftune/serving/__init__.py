@@ -6,6 +6,6 @@
 - `requests.py`: what an engine is asked and gives back; `expression.py`: several adapters with strengths.
 - `catalogue.py`: which adapters may be served, found without loading.
 
-Imports `edits`, `engine`, `adapter` and `errors`. The first three files import nothing of transformers or PEFT when they
-are imported, so that an inference engine's process can use them.
+Imports `edits`, `engine`, `adapter`, `data`, `inference` and `errors`. The first three files import nothing of
+transformers or PEFT when they are imported, so that an inference engine's process can use them.
 """
