@@ -3,51 +3,32 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated
+from dataclasses import asdict
+from typing import Any
 
-import typer
 from rich.console import Console
 
-from reftune.cli.common_options import (
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    RepetitionPenalty,
-    Seed,
-    SystemPrompt,
-    Temperature,
-    TopP,
-)
+from reftune.cli.common_options import BASE_MODEL, SAMPLED, Folder, SystemPrompt
+from reftune.cli.flags import with_flags
+from reftune.inference.settings import BaseModel, GenerationSettings
+from reftune.runs.recipe_values import given, read_flags
 
 _HELP = "/base switches the edit off and on, /reset forgets the conversation, /quit or Ctrl-D ends it."
+_DEFAULTS = {"max_new_tokens": 512, "repetition_penalty": 1.1}
 
 
-def chat(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    repetition_penalty: RepetitionPenalty = 1.1,
-    seed: Seed = 0,
-    system_prompt: SystemPrompt = None,
-    model: Model = None,
-    dtype: Dtype = None,
-    device: Device = None,
-) -> None:
+def chat(folder: Folder, system_prompt: SystemPrompt = None, **flags: Any) -> None:
     """Talk with an adapter. /base switches the edit off and on, /reset forgets, /quit or Ctrl-D ends."""
+    settings = read_flags(GenerationSettings, {**_DEFAULTS, **given(flags)})
     import torch
 
     from reftune.errors import ReftuneError
     from reftune.inference.chat import Conversation
-    from reftune.inference.generation import GenerationSettings
     from reftune.inference.loading import load_edited
 
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, repetition_penalty, seed=seed)
     console = Console(highlight=False)
-    edited = load_edited(folder, model=model, dtype=dtype, device=device, system_prompt=system_prompt)
-    torch.manual_seed(seed)
+    edited = load_edited(folder, system_prompt=system_prompt, **asdict(read_flags(BaseModel, flags)))
+    torch.manual_seed(settings.seed)
     talk = Conversation(edited, settings)
     console.print(f"{folder} is listening. {_HELP}", markup=False)
     while True:
@@ -81,3 +62,6 @@ def chat(
             console.print()
             if talk.forgotten > forgotten:
                 console.print(f"(The first {talk.forgotten} turns no longer fit the model's context.)", style="dim")
+
+
+with_flags(chat, [item for item in SAMPLED if item[0].name != "batch_size"] + BASE_MODEL, **_DEFAULTS)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from reftune.cli.flags import with_flags
+from reftune.errors import ReftuneError
+from reftune.runs.recipe import TrainRecipe
+from reftune.runs.recipe_values import typed_fields
+
+_IN_PLACE_OF_THE_RECIPE_S = (
+    "train_file", "eval_file", "eval_fraction", "limit_rows", "model", "epochs", "output",
+)  # fmt: skip
 
 
 def compare(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE", help="YAML recipe, or the folder of an earlier comparison.")
     ],
-    train_file: Annotated[str | None, typer.Option(help="Training rows, in place of the recipe's.")] = None,
-    eval_file: Annotated[str | None, typer.Option(help="Held-out rows, in place of the recipe's.")] = None,
-    eval_fraction: Annotated[
-        float | None, typer.Option(help="Share of the training rows to hold out, 0 to 1, in place of the recipe's.")
-    ] = None,
-    limit_rows: Annotated[int | None, typer.Option(help="Only the first so many rows of each file.", min=1)] = None,
-    model: Annotated[str | None, typer.Option(help="Base model, in place of the recipe's.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, in place of the recipe's.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the runs and the report.")] = None,
     jobs: Annotated[
         int, typer.Option(help="Runs at a time; above 1 they share the machine, and their seconds show it.", min=1)
     ] = 1,
@@ -46,6 +46,7 @@ def compare(
         ),
     ] = False,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    **flags: Any,
 ) -> None:
     """Train several methods on the same rows, order and budget, and write a report that compares them.
 
@@ -54,17 +55,12 @@ def compare(
     """
     from reftune.comparison import resolve_comparison, run_comparison, summarise, write_report
     from reftune.comparison.tables import result_columns
-    from reftune.errors import ReftuneError
 
     try:
         numbers = None if seeds is None else [int(part) for part in seeds.split(",")]
     except ValueError:
         raise ReftuneError(f"--seeds {seeds}: write whole numbers, such as 0,1,2.") from None
-    flags = {
-        "train_file": train_file, "eval_file": eval_file, "eval_fraction": eval_fraction, "limit_rows": limit_rows,
-        "model": model, "epochs": epochs, "seeds": numbers, "output": output,
-    }  # fmt: skip
-    resolved = resolve_comparison(recipe, flags)
+    resolved = resolve_comparison(recipe, {**flags, "seeds": numbers})
     comparison = run_comparison(
         resolved,
         jobs=jobs,
@@ -91,3 +87,6 @@ def compare(
     if comparison.failed:
         lines = [f"{run}: {why}" for run, why in comparison.failed.items()]
         raise ReftuneError("Some runs failed; the report leaves them out.\n  " + "\n  ".join(lines))
+
+
+with_flags(compare, [item for item in typed_fields(TrainRecipe) if item[0].name in _IN_PLACE_OF_THE_RECIPE_S])

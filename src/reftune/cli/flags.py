@@ -6,7 +6,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import Field
+from dataclasses import MISSING, Field
 from typing import Annotated, Any, Literal
 
 import typer
@@ -19,20 +19,22 @@ def flag_name(item: Field[Any]) -> str:
     return "--" + item.name.replace("_", "-")
 
 
-def flag_parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
+def flag_parameter(item: Field[Any], kind: Any, default: Any = MISSING) -> inspect.Parameter:
     """A field as an option whose value is None unless it is given (so that a recipe's value can stand).
 
     Args:
         item: a dataclass field with `help`, `unit` and `group` in its metadata.
         kind: its type.
+        default: another than the field's, for the help.
     """
     name = flag_name(item)
     is_switch = kind is bool
     declared = [f"{name}/--no-{name[2:]}" if is_switch else name]
-    default = ("on" if item.default else "") if is_switch else default_text(item)
+    default = item.default if default is MISSING else default
+    shown = ("on" if default else "") if is_switch else default_text(default)
     option = typer.Option(
         *declared,
-        help=item.metadata["help"] + (f" (default: {default})" if default else ""),
+        help=item.metadata["help"] + (f" (default: {shown})" if shown else ""),
         metavar=None if is_switch else _metavar(item, kind),
         rich_help_panel=item.metadata["group"],
         show_default=False,
@@ -45,12 +47,15 @@ def flag_parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     )
 
 
-def with_flags(function: Callable[..., Any], items: Iterable[tuple[Field[Any], Any]]) -> Callable[..., Any]:
+def with_flags(
+    function: Callable[..., Any], items: Iterable[tuple[Field[Any], Any]], **defaults: Any
+) -> Callable[..., Any]:
     """The function with an option for each field in place of its `**flags`; **changes its signature**.
 
     Args:
         function: takes its own parameters and `**flags`, the fields' values by name.
         items: the fields, each with its type.
+        **defaults: what stands in place of the fields' own; the function itself must see to it.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     own = [
@@ -58,7 +63,7 @@ def with_flags(function: Callable[..., Any], items: Iterable[tuple[Field[Any], A
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    made = [flag_parameter(item, kind) for item, kind in items]
+    made = [flag_parameter(item, kind, defaults.get(item.name, MISSING)) for item, kind in items]
     function.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *made)}
     return function

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from reftune.cli.common_options import (
-    WRITING,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    RepetitionPenalty,
-    Seed,
-    SystemPrompt,
-    Temperature,
-    TopP,
-)
+from reftune.cli.common_options import BASE_MODEL, SAMPLED, Folder, SystemPrompt
+from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
+from reftune.inference.settings import WRITING, BaseModel, GenerationSettings
+from reftune.runs.recipe_values import read_flags
 
 _PROMPTS = "Prompts"
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
+    folder: Folder,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be given several times.", rich_help_panel=_PROMPTS)
     ] = None,
@@ -49,25 +42,16 @@ def generate(
         bool,
         typer.Option("--compare-base", help="Answer without the edit too, side by side.", rich_help_panel=WRITING),
     ] = False,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts of one forward pass.", rich_help_panel=WRITING)] = 8,
     system_prompt: SystemPrompt = None,
-    model: Model = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    **flags: Any,
 ) -> None:
     """Answer prompts with an adapter."""
-    from reftune.inference.generation import GenerationSettings, generate_answers
+    settings = read_flags(GenerationSettings, flags)
+    from reftune.cli.results import side_by_side, write_out
+    from reftune.inference.generation import generate_answers
     from reftune.inference.loading import load_edited
     from reftune.inference.prompts import PromptRow, read_prompts, to_jsonl
-    from reftune.output.files import write_text
-    from reftune.runs.output_folder import readable_disk_errors
 
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, repetition_penalty, batch_size, seed)
     rows = [PromptRow(text, {"prompt": text}) for text in prompt or []]
     if any(not row.prompt.strip() for row in rows):
         raise ReftuneError("--prompt is empty: write a prompt.")
@@ -76,7 +60,7 @@ def generate(
     if not rows:
         raise ReftuneError("There is nothing to answer: give --prompt TEXT or --prompts-file FILE.")
 
-    edited = load_edited(folder, model=model, dtype=dtype, device=device, system_prompt=system_prompt)
+    edited = load_edited(folder, system_prompt=system_prompt, **asdict(read_flags(BaseModel, flags)))
     prompts = [row.prompt for row in rows]
     answers = generate_answers(edited, prompts, settings)
     console = Console()
@@ -89,19 +73,17 @@ def generate(
     written = [answer.text for answer in answers]
     plain = [answer.text for answer in generate_answers(edited, prompts, settings, base=True)] if compare_base else None
     if plain is not None:
-        from reftune.cli.results import side_by_side
-
         console.print(side_by_side([_shown(p) for p in prompts], plain, written))
     if out is not None:
         records = [{**row.row, "answer": text} for row, text in zip(rows, written, strict=True)]
         if plain is not None:
             records = [{**record, "base_answer": text} for record, text in zip(records, plain, strict=True)]
-        with readable_disk_errors(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, to_jsonl(records))
-        console.print(f"{len(records)} answers in {out}", markup=False, highlight=False, soft_wrap=True)
+        write_out(out, to_jsonl(records), console, f"{len(records)} answers in")
 
 
 def _shown(prompt: object) -> str:
     """The prompt as text; of a conversation, its last turn."""
     return prompt if isinstance(prompt, str) else prompt[-1].content  # type: ignore[index]
+
+
+with_flags(generate, SAMPLED + BASE_MODEL)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reftune.cli.common_options import Device, Dtype, Model
+from reftune.cli.common_options import BASE_MODEL
+from reftune.cli.flags import with_flags
+from reftune.errors import ReftuneError
+from reftune.inference.settings import BaseModel
+from reftune.runs.recipe_values import read_columns, read_flags
 
 _SHOWN = 20
 
@@ -23,17 +28,12 @@ def predict(
     split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "test",
     limit_rows: Annotated[int | None, typer.Option(help="Only the first so many rows.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of one forward pass.", min=1)] = 32,
-    model: Model = None,
-    dtype: Dtype = None,
-    device: Device = None,
+    **flags: Any,
 ) -> None:
     """The class of each text of a file with its probability, or the number predicted for it."""
+    from reftune.cli.results import write_out
     from reftune.data.classification import read_texts
-    from reftune.errors import ReftuneError
     from reftune.inference.classifying import as_csv, as_jsonl, load_classifier, predict, training_columns
-    from reftune.output.files import write_text
-    from reftune.runs.output_folder import readable_disk_errors
-    from reftune.runs.recipe_values import read_columns
 
     writers = {".jsonl": as_jsonl, ".csv": as_csv}
     if out is not None and out.suffix.lower() not in writers:
@@ -42,7 +42,7 @@ def predict(
     rows = read_texts(
         file, columns=read_columns(columns) or known, names=names, split=split, limit=limit_rows, labelled=False
     )
-    classifier = load_classifier(folder, model=model, dtype=dtype, device=device)
+    classifier = load_classifier(folder, **asdict(read_flags(BaseModel, flags)))
     found = predict(classifier, rows, batch_size)
     table = Table(title=f"{file}: {len(rows)} rows", title_justify="left")
     for name in ("text", "label", "probability"):
@@ -57,7 +57,7 @@ def predict(
     if len(rows) > _SHOWN:
         console.print(f"and {len(rows) - _SHOWN} more" + ("" if out else "; --out FILE.jsonl writes them all"))
     if out is not None:
-        with readable_disk_errors(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, writers[out.suffix.lower()](rows, found))
-        console.print(f"Written to {out}", markup=False, highlight=False, soft_wrap=True)
+        write_out(out, writers[out.suffix.lower()](rows, found), console)
+
+
+with_flags(predict, BASE_MODEL)

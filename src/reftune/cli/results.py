@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from reftune.evaluation.task_report import TaskReport
     from reftune.evaluation.task_runs import Metric
     from reftune.runs.steps import TrainedRun
+
+
+def write_out(path: Path, text: str, console: Console, told: str = "Written to") -> None:
+    """Write what a command's `--out` names, its folder made, and say so."""
+    from reftune.output.files import write_text
+    from reftune.runs.output_folder import readable_disk_errors
+
+    with readable_disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    console.print(f"{told} {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_training(run: TrainedRun, console: Console) -> None:

@@ -15,45 +15,7 @@ from transformers import GenerationConfig
 
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How answers are written; validated when made.
-
-    Attributes:
-        max_new_tokens: most tokens of an answer.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
-        top_p: sample from the likeliest tokens that make up this share.
-        repetition_penalty: above 1 makes tokens already written less likely.
-        top_k: sample from so many of the likeliest tokens; 0 from all.
-        no_repeat_ngram: no run of so many tokens is written twice; 0 as the model's own settings say.
-        batch_size: prompts a forward pass.
-        seed: of the sampling.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    batch_size: int = 8
-    seed: int = 0
-    top_k: int = 0
-    no_repeat_ngram: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("top_k", "no_repeat_ngram"):
-            if getattr(self, name) < 0:
-                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1; 0 switches it off.")
-        if self.temperature < 0:
-            raise ReftuneError(f"temperature={self.temperature}: 0 is greedy, above 0 samples.")
-        if not 0 < self.top_p <= 1:
-            raise ReftuneError(f"top_p={self.top_p}: must be above 0 and at most 1.")
-        if self.repetition_penalty <= 0:
-            raise ReftuneError(f"repetition_penalty={self.repetition_penalty}: must be above 0; 1 is none.")
+from reftune.inference.settings import GenerationSettings
 
 
 @dataclass(frozen=True)

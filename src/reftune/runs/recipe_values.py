@@ -10,20 +10,23 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from reftune.data.classification import NUMBER
 from reftune.errors import ReftuneError
 
+_Made = TypeVar("_Made")
 _ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"))
 """Keys that say the same in two ways."""
 
 
-def option(default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = (), least: int | None = None
+) -> Any:
     """A field with its help. `aka`: what other libraries call it, so that an unknown key can name ours."""
-    return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka})
+    return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka, "least": least})
 
 
 def typed_fields(owner: type, without: Collection[str] = ()) -> list[tuple[Field[Any], Any]]:
@@ -41,6 +44,12 @@ def coerce_fields(owner: Any) -> None:
     """Make every field of a frozen dataclass, which is **changed**, its declared type; errors as for `coerce`."""
     for item, kind in typed_fields(type(owner)):
         object.__setattr__(owner, item.name, coerce(item, kind, getattr(owner, item.name)))
+
+
+def read_flags(owner: type[_Made], flags: Mapping[str, Any]) -> _Made:
+    """A dataclass made of the given flags that are its fields, each as its field's type; errors as for `coerce`."""
+    kinds = {item.name: (item, kind) for item, kind in typed_fields(owner)}
+    return owner(**{name: coerce(*kinds[name], value) for name, value in given(flags).items() if name in kinds})
 
 
 def given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -174,11 +183,11 @@ def read_labels(value: Any) -> list[str] | str | None:
     return found
 
 
-def default_text(item: Field[Any]) -> str | None:
+def default_text(default: Any) -> str | None:
     """A default as a reader writes it; None where there is none."""
-    if item.default is MISSING or item.default in (None, ""):
+    if default in (MISSING, None, ""):
         return None
-    return f"{item.default:g}" if isinstance(item.default, float) else str(item.default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def coerce(item: Field[Any], kinds: Any, value: Any) -> Any:
@@ -200,7 +209,9 @@ def coerce(item: Field[Any], kinds: Any, value: Any) -> Any:
     if value is None:
         if type(None) in options:
             return None
-        raise ReftuneError(f"{item.name}=null: give a value, or leave the key out (default {default_text(item)}).")
+        raise ReftuneError(
+            f"{item.name}=null: give a value, or leave the key out (default {default_text(item.default)})."
+        )
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
@@ -223,7 +234,11 @@ def coerce(item: Field[Any], kinds: Any, value: Any) -> Any:
         if number is None or number != number or (wanted is int and not number.is_integer()):
             what = "a whole number" if wanted is int else "a number"
             raise ReftuneError(f"{item.name}={value!r}: give {what}{unit}.")
-        return int(number) if wanted is int else number
+        number = int(number) if wanted is int else number
+        least = item.metadata["least"]
+        if least is not None and number < least:
+            raise ReftuneError(f"{item.name}={number}: must be at least {least}.")
+        return number
     if len(options) == 1 or options == (str, type(None)):
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):
             raise ReftuneError(f"{item.name}={value!r}: give text.")
