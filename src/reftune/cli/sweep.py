@@ -48,19 +48,18 @@ def sweep(
 
 
 def _print(result: SweepResult, console: Console) -> None:
-    from reftune.sweeps.report import PAGE_FILE, value_text
+    from reftune.sweeps.report import PAGE_FILE, ranked_table
 
-    ranked = sorted((r for r in result.trials if r.state == "complete"), key=lambda r: r.value or 0)
-    if not ranked:
+    names = list(result.best.settings) if result.best else []
+    header, rows = ranked_table(result.trials, names, _SHOWN)
+    if not rows:
         console.print(f"No trial was trained to its end; see {result.folder / 'trials.csv'}.", markup=False)
         return
-    names = list(ranked[0].settings)
     table = Table(title=f"The best of {len(result.trials)} trials", title_justify="left")
-    for name in ("trial", "held-out loss", *names, "parameters", "seconds"):
+    for name in header:
         table.add_column(name, justify="right")
-    for r in ranked[:_SHOWN]:
-        cells = [str(r.number), f"{r.value:.4f}", *(value_text(r.settings[name]) for name in names)]
-        table.add_row(*cells, f"{r.facts.get('trainable_parameters', 0):,}", f"{r.seconds or 0:.1f}")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     if result.importance:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result.importance.items())

@@ -1,4 +1,5 @@
-"""What every room leaves to people: files replaced whole, pictures, and progress on a terminal.
+"""What every room leaves to people: files replaced whole, pages, pictures, and progress on a terminal.
 
-Open `files.py` for how a file is written, `pictures.py` for how a figure begins and ends. Imports only `errors`.
+Open `files.py` for how a file is written, `documents.py` for pages made of templates and for tables, `pictures.py` for
+how a figure begins and ends. Imports only `errors`.
 """

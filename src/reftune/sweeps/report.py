@@ -7,7 +7,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from reftune.output.documents import rendered
 from reftune.output.files import write_text
 from reftune.sweeps.pictures import plot_history, plot_importance
 from reftune.sweeps.recipe import SweepRecipe
@@ -62,51 +64,34 @@ def write_report(
     write_text(folder / PAGE_FILE, _page(sweep, records, best, importance))
 
 
+def ranked_table(records: Sequence[TrialRecord], names: Sequence[str], count: int) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of the best trials' table, lowest loss first."""
+    ranked = sorted((r for r in records if r.state == "complete"), key=lambda r: r.value or 0)
+    rows = [
+        [str(r.number), f"{r.value:.4f}", *(value_text(r.settings[name]) for name in names),
+         f"{r.facts.get('trainable_parameters', 0):,}", f"{r.seconds or 0:.1f}"]
+        for r in ranked[:count]
+    ]  # fmt: skip
+    return ["trial", "held-out loss", *names, "parameters", "seconds"], rows
+
+
 def _page(
     sweep: SweepRecipe, records: Sequence[TrialRecord], best: TrialRecord | None, importance: Mapping[str, float]
 ) -> str:
     states = {state: sum(r.state == state for r in records) for state in ("complete", "pruned", "failed")}
-    seconds = sum(record.seconds or 0 for record in records)
-    lines = [
-        "# Sweep",
-        "",
-        f"{sweep.base.model}, {sweep.base.train_file}, seed {sweep.base.seed}. {len(records)} trials: ",
-    ]
-    lines[-1] += ", ".join(f"{count} {state}" for state, count in states.items() if count) + f"; {seconds:.0f} s."
-    if best is not None and best.value is not None:
-        lines += [
-            "", "## Best", "",
-            f"Trial {best.number}: held-out loss **{best.value:.4f}** nats per completion token.", "",
-            *(f"- {name}: {value_text(value)}" for name, value in best.settings.items()), "",
-            "Its adapter is in `best/`; `best.yaml` trains it again:", "",
-            "```bash", "reftune chat best", "reftune train best.yaml", "```", "",
-            "The held-out rows chose this trial, so its loss on them flatters it, the more so the fewer they are. "
-            "One seed was trained per setting: what differs by less than the spread between seeds is not better. "
-            "`reftune compare` trains the favourites with several seeds.",
-        ]  # fmt: skip
-    ranked = sorted((r for r in records if r.state == "complete"), key=lambda r: r.value or 0)
-    names = list(sweep.space)
-    lines += ["", f"## Trials: the best {min(_SHOWN, len(ranked))}", ""]
-    lines += [f"| trial | held-out loss | {' | '.join(names)} | parameters | seconds |"]
-    lines += ["|" + " ---: |" * (len(names) + 4)]
-    for r in ranked[:_SHOWN]:
-        cells = [str(r.number), f"{r.value:.4f}", *(value_text(r.settings[name]) for name in names)]
-        lines += [f"| {' | '.join(cells)} | {r.facts.get('trainable_parameters', 0):,} | {r.seconds or 0:.1f} |"]
-    lines += ["", f"All of them, with full precision: `{TABLE_FILE}`.", "", f"![Loss by trial]({HISTORY_PICTURE})"]
-    lines += ["", "## What matters", ""]
-    if importance:
-        lines += [
-            "Share of each setting in how much the loss of complete trials differs (fANOVA: an estimate by a random "
-            "forest, rough below some twenty trials).", "", "| setting | share |", "| --- | ---: |",
-            *(f"| {name} | {share:.0%} |" for name, share in importance.items()), "",
-            f"![Importance]({IMPORTANCE_PICTURE})",
-        ]  # fmt: skip
-    else:
-        lines += ["Too few complete trials to tell (at least 4 with different losses)."]
+    header, ranked = ranked_table(records, list(sweep.space), _SHOWN)
     hits, misses = (sum(r.facts.get(name, 0) for r in records) for name in ("prefix_hits", "prefix_misses"))
-    if hits + misses:
-        lines += [
-            "",
-            f"Prefix reuse: {hits:,} of {hits + misses:,} look-ups found what an epoch or a trial had stored.",
-        ]
-    return "\n".join(lines) + "\n"
+    content: dict[str, Any] = {
+        "base": sweep.base,
+        "count": len(records),
+        "states": ", ".join(f"{count} {state}" for state, count in states.items() if count),
+        "seconds": sum(record.seconds or 0 for record in records),
+        "best": best,
+        "best_settings": [(name, value_text(value)) for name, value in best.settings.items()] if best else [],
+        "header": header,
+        "ranked": ranked,
+        "shares": [(name, f"{share:.0%}") for name, share in importance.items()],
+        "hits": hits,
+        "looked_up": hits + misses,
+    }
+    return rendered("reftune.sweeps", PAGE_FILE, content)
