@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -32,12 +32,19 @@ _LOOK_FOR_THE_CLIENT = 0.25
 """Seconds between looks at whether the client of an unstreamed answer is still there."""
 
 
-def build_app(service: Service, local_only: bool = True) -> Any:
+def build_app(
+    service: Service,
+    local_only: bool = True,
+    more: APIRouter | None = None,
+    closing: Callable[[], Awaitable[None]] | None = None,
+) -> Any:
     """The ASGI application.
 
     Args:
         service: what answers.
         local_only: refuse requests whose ``Host`` is not this machine.
+        more: further routes.
+        closing: is awaited when the server ends.
     """
 
     @asynccontextmanager
@@ -45,6 +52,8 @@ def build_app(service: Service, local_only: bool = True) -> Any:
         service.engine.start()
         yield
         service.draining = True
+        if closing is not None:
+            await closing()
         await asyncio.to_thread(service.engine.close)
 
     app = FastAPI(title="reftune", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -70,24 +79,24 @@ def build_app(service: Service, local_only: bool = True) -> Any:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Any:
-        names = await asyncio.to_thread(service.model_names, _permission(request))
+        names = await asyncio.to_thread(service.model_names, permission_of(request))
         return {"object": "list", "data": [_model(service, name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Any:
-        service.target(name, _permission(request))
+        service.target(name, permission_of(request))
         return _model(service, name)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
-        target = service.target(body.model, _permission(request))
+        target = service.target(body.model, permission_of(request))
         prompt = service.prompt_ids(target, [message.as_message() for message in body.messages])
         wanted = body.max_completion_tokens or body.max_tokens
         return await _answer(service, request, body, target, CHAT, [prompt], wanted, body.wanted_logprobs)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
-        target = service.target(body.model, _permission(request))
+        target = service.target(body.model, permission_of(request))
         prompts = [service.prompt_ids(target, prompt) for prompt in body.prompts]
         if not prompts:
             raise RequestError(400, "prompt: give at least one.", "prompt")
@@ -97,7 +106,7 @@ def build_app(service: Service, local_only: bool = True) -> Any:
     async def tokenize(request: Request, body: TokenizeBody) -> Any:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError(400, "give either prompt or messages.", "prompt")
-        target = service.target(body.model, _permission(request))
+        target = service.target(body.model, permission_of(request))
         prompt = body.prompt if body.messages is None else [message.as_message() for message in body.messages]
         ids = service.prompt_ids(target, prompt)
         return {
@@ -116,7 +125,7 @@ def build_app(service: Service, local_only: bool = True) -> Any:
 
     @app.post("/v1/adapters")
     async def add_adapter(request: Request, body: AdapterBody) -> Any:
-        _admin(service, request)
+        check_admin(service, request)
         try:
             folder = service.catalogue.add(body.name, body.path)
             await asyncio.to_thread(service.engine.check, folder)
@@ -128,13 +137,15 @@ def build_app(service: Service, local_only: bool = True) -> Any:
 
     @app.delete("/v1/adapters/{name}")
     async def remove_adapter(request: Request, name: str) -> Any:
-        _admin(service, request)
+        check_admin(service, request)
         try:
             service.catalogue.remove(name)
         except ReftuneError as error:
             raise RequestError(404, str(error), code="model_not_found") from None
         return {"id": name, "object": "model", "deleted": True}
 
+    if more is not None:
+        app.include_router(more)
     return Gate(app, service.keys, service.limits.body_bytes, local_only and not service.keys, service.count)
 
 
@@ -218,16 +229,18 @@ async def _while_connected(request: Request, pieces: AsyncGenerator[Any, None]) 
         await asyncio.wait({pending})
 
 
-def _permission(request: Request) -> Permission:
+def permission_of(request: Request) -> Permission:
+    """What the request's key allows."""
     return request.state.permission or Permission(())
 
 
-def _admin(service: Service, request: Request) -> None:
+def check_admin(service: Service, request: Request) -> None:
+    """Refuse (403) whoever may not change what is served."""
     if not service.keys:
         raise RequestError(
             403, "adapters are added and removed with an admin key alone; start the server with --api-keys."
         )
-    if not _permission(request).admin:
+    if not permission_of(request).admin:
         raise RequestError(403, "this key may not add or remove adapters; it is no admin key.")
 
 

@@ -19,7 +19,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger("reftune.serve")
 
-OPEN = ("/health", "/ready", "/", "/favicon.ico")
+OPEN = ("/health", "/ready", "/", "/ui/page.css", "/ui/page.js")
 """Paths that ask for no key: they tell nothing of prompts or adapters."""
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
