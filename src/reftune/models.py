@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from reftune.errors import ReftuneError
+from reftune.output.json_files import read_json_object
 
 BUNDLED = "smollm2"
 BUNDLED_ENCODER = "minilm"
@@ -182,10 +183,10 @@ def _source_facts(gguf: Path) -> dict[str, Any]:
 def _is_current(folder: Path, gguf: Path | None) -> bool:
     """Whether `folder` holds a whole copy, and one of this GGUF file (of any, when the package is not installed)."""
     try:
-        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        marker = read_json_object(folder / _MARKER)
         whole = (folder / "model.safetensors").stat().st_size == marker["safetensors_bytes"]
         return whole and (gguf is None or marker["source"] == _source_facts(gguf))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ReftuneError, KeyError, TypeError):
         return False
 
 
@@ -223,8 +224,8 @@ def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTraine
         )
     folder, file = str(path.parent), path.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        read = _AUTO_CLASSES[task].from_pretrained(folder, gguf_file=file, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        read = _AUTO_CLASSES[task].from_pretrained(folder, gguf_file=file, trust_remote_code=False, **kwargs)
     except Exception as error:  # the gguf reader raises whatever the damaged bytes lead it to
         raise ReftuneError(f"model {str(path)!r} cannot be read as GGUF: {_first_line(error)}") from error
     # Read from GGUF, a model counts as quantized and refuses to be saved; the same weights under a plain config do not.
@@ -241,8 +242,10 @@ def _from_pretrained(
     name: str, place: str | Path, task: str, kwargs: dict[str, Any], new_weights: list[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
-        model, loading = _AUTO_CLASSES[task].from_pretrained(str(place), **kwargs, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+        model, loading = _AUTO_CLASSES[task].from_pretrained(
+            str(place), **kwargs, output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:  # hub, safetensors, json and torch errors share no base class
         raise _explain(name, place, error) from error
     new_weights += sorted(loading["missing_keys"])
@@ -272,8 +275,8 @@ def _check_folder(name: str, path: Path) -> str:
 
 def _base_of(adapter: Path) -> str:
     try:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = read_json_object(adapter).get("base_model_name_or_path")
+    except ReftuneError:
         return ""
     return f" (its base model is {base!r})" if base else ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
+from reftune.output.json_files import read_json_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,10 +67,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_FILE}"
         raise ReftuneError(f"{folder}: {what}; give the --output folder of `reftune train`, or a saved adapter.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ReftuneError(f"{path} is not valid JSON ({error}); the adapter must be saved again.") from None
+    config = read_json_object(path, "the adapter must be saved again")
     if config.get("peft_type") != "REFT":
         raise ReftuneError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'REFT'; load it with PEFT itself.")
     return config

@@ -101,7 +101,7 @@ class ReftConfig(PeftConfig):
                 raise ReftuneError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
         if issubclass(edit_class(self.method), Edit):
             with torch.random.fork_rng(devices=[]):  # a wrong option fails here, where it was written
-                make_edit(self.method, self.r, self.r, **self.options)
+                make_edit(self.method, min(self.r, 8), min(self.r, 8), **self.options)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from reftune.errors import ReftuneError
+from reftune.output import terminal
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -76,13 +77,14 @@ class Commands(TyperGroup):
         """Carry it out; print what the user can mend, and let a bug keep its traceback."""
         try:
             return super().invoke(ctx)
-        except (ReftuneError, KeyboardInterrupt, OSError) as error:
+        except (ReftuneError, KeyboardInterrupt, OSError, ImportError) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             message, status = _explain(error)
             if message is None:
                 raise
-            Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
+            message = terminal.shortened(message)
+            terminal.console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
             ctx.exit(status)
 
 
@@ -97,6 +99,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         what = "the disk is full; make room and try again" if full else os.strerror(error.errno)
         where = f"{error.filename}: " if error.filename else ""
         return f"Error: {where}{what}", USER_ERROR
+    if isinstance(error, ImportError) and not (error.name or "").startswith("reftune"):
+        return f"Error: a package is missing or damaged ({error}); install it again.", USER_ERROR
     return None, 1
 
 
@@ -142,14 +146,15 @@ def quieten() -> None:
     warnings.simplefilter("ignore")
     if not logger.handlers:
         notes = logging.StreamHandler()
-        notes.setFormatter(logging.Formatter("%(message)s"))
+        notes.setFormatter(terminal.PlainFormatter("%(message)s"))
         logger.addHandler(notes)
         logger.setLevel(logging.INFO)
         logger.propagate = False
 
 
 def main() -> None:
-    """Entry point of the `reftune` script."""
+    """Entry point of the `reftune` script; **SIGTERM is Ctrl-C in it**, so that a cluster's preemption saves too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except BrokenPipeError:  # `reftune info DIR | head`

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-
 from reftune.cli.common_options import BASE_MODEL, SAMPLED, Folder, SystemPrompt
 from reftune.cli.flags import with_flags
 from reftune.inference.settings import BaseModel, GenerationSettings
+from reftune.output import terminal
 from reftune.runs.recipe_values import given, read_flags
 
 _HELP = "/base switches the edit off and on, /reset forgets the conversation, /quit or Ctrl-D ends it."
@@ -26,10 +26,12 @@ def chat(folder: Folder, system_prompt: SystemPrompt = None, **flags: Any) -> No
     from reftune.inference.chat import Conversation
     from reftune.inference.loading import load_edited
 
-    console = Console(highlight=False)
+    console = terminal.console(highlight=False)
     edited = load_edited(folder, system_prompt=system_prompt, **asdict(read_flags(BaseModel, flags)))
     torch.manual_seed(settings.seed)
     talk = Conversation(edited, settings)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 come as marks, which are told below
+        sys.stdin.reconfigure(errors="surrogateescape")
     console.print(f"{folder} is listening. {_HELP}", markup=False)
     while True:
         try:
@@ -39,6 +41,12 @@ def chat(folder: Folder, system_prompt: SystemPrompt = None, **flags: Any) -> No
             return
         if not sys.stdin.isatty():
             console.print()  # the end of a line that nobody typed here
+        if not _is_text(said):
+            problem = ReftuneError("what was typed is not UTF-8; write it again, in a terminal or file that is.")
+            if not sys.stdin.isatty():
+                raise problem
+            console.print(f"Error: {problem}", markup=False)
+            continue
         if said == "/quit":
             return
         if said == "/reset":
@@ -62,6 +70,14 @@ def chat(folder: Folder, system_prompt: SystemPrompt = None, **flags: Any) -> No
             console.print()
             if talk.forgotten > forgotten:
                 console.print(f"(The first {talk.forgotten} turns no longer fit the model's context.)", style="dim")
+
+
+def _is_text(said: str) -> bool:
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 with_flags(chat, [item for item in SAMPLED if item[0].name != "batch_size"] + BASE_MODEL, **_DEFAULTS)

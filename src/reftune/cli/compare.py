@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
+from reftune.output import terminal
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.recipe_values import typed_fields
 
@@ -79,7 +79,7 @@ def compare(
     for index, item in enumerate(summaries):
         cells = [f"{c.cells[index]}\n{c.notes[index]}".strip() for c in columns]
         table.add_row(item.name, *cells, end_section=True)
-    console = Console()
+    console = terminal.console()
     console.print(table)
     console.print(f"Report: {page} (and {text.name})", soft_wrap=True, highlight=False, markup=False)
     if show:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from reftune.output import terminal
 
 if TYPE_CHECKING:
     from reftune.inference.generation import Answer
@@ -23,7 +24,7 @@ def demo(
     from reftune.data.persona import PERSONA
     from reftune.runs.demo import DEMO, MEASURE, run_demo
 
-    console, begun = Console(), time.perf_counter()
+    console, begun = terminal.console(), time.perf_counter()
     recipe = replace(DEMO, output=output, seed=seed, overwrite=True)
     console.print(
         f"Training {recipe.method}, rank {recipe.rank}, layers {recipe.layers}, positions {recipe.positions}, of "

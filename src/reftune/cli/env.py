@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-from rich.console import Console
 from rich.table import Table
+
+from reftune.output import terminal
 
 _PACKAGES = (
     "reftune", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors", "tokenizers",
@@ -39,4 +40,4 @@ def env() -> None:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     table.add_row("default device", best)
     table.add_row("converted models", str(cache_folder()))
-    Console().print(table, soft_wrap=True, highlight=False)
+    terminal.console().print(table, soft_wrap=True, highlight=False)

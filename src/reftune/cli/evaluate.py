@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from reftune.cli.common_options import BASE_MODEL
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import BaseModel, GenerationSettings
+from reftune.output import terminal
 from reftune.runs.recipe_values import option, read_columns, read_flags, typed_fields
 
 _HELD_OUT, _TASKS, _BOTH = "Held-out rows", "Tasks", "Options"
@@ -98,7 +98,7 @@ def evaluate(
 
     score = _score_classifier if is_classifier(folder) else _score_rows
     table, record = score(folder, options.test_file, options, base_model)
-    console = Console()
+    console = terminal.console()
     console.print(table)
     if options.out is not None:
         from reftune.cli.results import write_out
@@ -197,7 +197,7 @@ def _evaluate_tasks(folder: Path, task: str, options: EvalOptions, base_model: B
         out=out,
         progress=True,
     )
-    console = Console()
+    console = terminal.console()
     console.print(task_table(report))
     if out is not None:
         console.print(f"Written to {out / SUMMARY}", markup=False, highlight=False, soft_wrap=True)

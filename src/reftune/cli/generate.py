@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from reftune.cli.common_options import BASE_MODEL, SAMPLED, Folder, SystemPrompt
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import WRITING, BaseModel, GenerationSettings
+from reftune.output import terminal
 from reftune.runs.recipe_values import read_flags
 
 _PROMPTS = "Prompts"
@@ -63,7 +63,7 @@ def generate(
     edited = load_edited(folder, system_prompt=system_prompt, **asdict(read_flags(BaseModel, flags)))
     prompts = [row.prompt for row in rows]
     answers = generate_answers(edited, prompts, settings)
-    console = Console()
+    console = terminal.console()
     if out is None and not compare_base:  # each as soon as it is there
         for row, answer in zip(rows, answers, strict=True):
             if len(rows) > 1:

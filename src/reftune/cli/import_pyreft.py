@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from reftune.output import terminal
+
 
 def import_pyreft(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What pyreft's ReftModel.save wrote.")],
@@ -21,9 +23,10 @@ def import_pyreft(
     """Turn an adapter that pyreft saved into one of this library; says what pyreft did not save."""
     from reftune.pyreft.importing import import_pyreft as turn
 
+    console = terminal.console()
     written, assumed = turn(folder, output, model, positions)
     for one in written:
-        typer.echo(f"Wrote {one}")
-    typer.echo("pyreft does not save these:")
+        console.print(f"Wrote {one}", markup=False, highlight=False, soft_wrap=True)
+    console.print("pyreft does not save these:")
     for line in assumed:
-        typer.echo(f"  {line}")
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from reftune.output import terminal
 
 if TYPE_CHECKING:
     from reftune.adapter.info import AdapterInfo
@@ -22,13 +24,12 @@ def info(
     from reftune.adapter.info import read_adapter_info
 
     found = read_adapter_info(folder)
-    config, console = found.config, Console()
+    config, console = found.config, terminal.console()
     facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_row("base model", str(config.base_model_name_or_path or "not recorded"))
-    facts.add_row(
-        "method", f"{config.method}, rank {config.r}" + (f", act_fn {config.act_fn}" if config.act_fn else "")
-    )
-    facts.add_row("component", config.component)
+    facts.add_row("base model", Text(terminal.visible(str(config.base_model_name_or_path or "not recorded"))))
+    method = f"{config.method}, rank {config.r}" + (f", act_fn {config.act_fn}" if config.act_fn else "")
+    facts.add_row("method", Text(terminal.visible(method)))
+    facts.add_row("component", Text(terminal.visible(config.component)))
     facts.add_row("positions", config.positions)
     facts.add_row("parameters", f"{found.parameters:,} in {len(found.edits)} edit{'s' if len(found.edits) > 1 else ''}")
     facts.add_row("file", f"{found.file_bytes:,} bytes")
@@ -55,7 +56,7 @@ def _map(found: AdapterInfo) -> Table:
         sizes = [_number(edit.linear_norm), _number(edit.constant_norm)] if linear else []
         norms = [_number(edit.norms.get(name)) for name in tensors]
         layer = edit.block if edit.layer is None else str(edit.layer)
-        table.add_row(layer, *marks, f"{edit.parameters:,}", *sizes, *norms)
+        table.add_row(Text(terminal.visible(layer)), *marks, f"{edit.parameters:,}", *sizes, *norms)
     return table
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,7 @@ from reftune.cli.common_options import BASE_MODEL
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import BaseModel
+from reftune.output import terminal
 from reftune.runs.recipe_values import read_columns, read_flags
 
 _SHOWN = 20
@@ -51,8 +51,8 @@ def predict(
         text = row.text if row.text_pair is None else f"{row.text} | {row.text_pair}"
         shown = prediction.label if isinstance(prediction.label, str) else f"{prediction.label:.3f}"
         sure = "" if prediction.probability is None else f"{prediction.probability:.3f}"
-        table.add_row(Text(text), Text(shown), sure)
-    console = Console()
+        table.add_row(Text(terminal.visible(text)), Text(terminal.visible(shown)), sure)
+    console = terminal.console()
     console.print(table)
     if len(rows) > _SHOWN:
         console.print(f"and {len(rows) - _SHOWN} more" + ("" if out else "; --out FILE.jsonl writes them all"))

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from reftune.output.terminal import visible
+
 if TYPE_CHECKING:
     from reftune.evaluation.task_report import TaskReport
     from reftune.evaluation.task_runs import Metric
@@ -68,12 +70,12 @@ def side_by_side(
     for name, ratio in (("prompt", 2), ("base", 4), ("edited", 4)):
         table.add_column(name, ratio=ratio, overflow="fold")
     for index, prompt in enumerate(prompts):
-        cells = [Text(base[index].strip()), Text(edited[index].strip())]
+        cells = [Text(visible(base[index].strip())), Text(visible(edited[index].strip()))]
         if marks is not None:
             for cell, in_style in zip(cells, marks, strict=True):
                 if in_style[index]:
                     cell.append(" [in style]", "green")
-        table.add_row(Text(prompt.strip()), *cells)
+        table.add_row(Text(visible(prompt.strip())), *cells)
     return table
 
 

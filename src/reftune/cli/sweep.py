@@ -11,6 +11,7 @@ from rich.table import Table
 
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
+from reftune.output import terminal
 from reftune.sweeps.recipe import resolve_sweep, sweep_options
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def sweep(
     resolved = resolve_sweep(recipe, flags)  # before the libraries are loaded: a wrong key is told at once
     from reftune.sweeps.running import run_sweep
 
-    _print(run_sweep(resolved, more=more), Console())
+    _print(run_sweep(resolved, more=more), terminal.console())
 
 
 def _print(result: SweepResult, console: Console) -> None:

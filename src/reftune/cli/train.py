@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from reftune.cli.flags import with_flags
+from reftune.output import terminal
 from reftune.runs.recipe import TrainRecipe, resolve_recipe
 from reftune.runs.recipe_values import typed_fields
 
@@ -28,7 +28,7 @@ def train(
     from reftune.cli.results import print_training
     from reftune.runs import run_training
 
-    console = Console()
+    console = terminal.console()
     print_training(run_training(resolved), console)
 
 

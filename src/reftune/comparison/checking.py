@@ -90,10 +90,10 @@ def _skeleton(recipe: CompareRecipe) -> tuple[Any, Any]:
     place = str(models.bundled_folder()) if name == models.BUNDLED else name
     if not place.lower().endswith(".gguf"):
         try:
-            config = AutoConfig.from_pretrained(place)
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             return model, tokenizer

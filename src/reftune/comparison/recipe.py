@@ -183,9 +183,9 @@ def _generate(value: Any) -> int:
 
 def _seeds(value: Any) -> tuple[int, ...]:
     seeds = value if isinstance(value, (list, tuple)) else [value]
-    wrong = [seed for seed in seeds if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0]
+    wrong = [seed for seed in seeds if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32]
     if wrong or not seeds or len(set(seeds)) != len(seeds):
-        raise ReftuneError(f"seeds={value!r}: write different whole numbers of at least 0, such as [0, 1, 2].")
+        raise ReftuneError(f"seeds={value!r}: write different whole numbers, 0 to 2**32 - 1, such as [0, 1, 2].")
     return tuple(seeds)
 
 

@@ -15,6 +15,7 @@ from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.evaluation.row_losses import RowLosses
 from reftune.output.files import write_text
+from reftune.output.json_files import read_json_object
 from reftune.runs.recipe import adapter_keys, recipe_fields
 
 RESULT_FILE = "result.json"
@@ -107,15 +108,18 @@ class RunResult:
 def read_result(folder: Path) -> RunResult | None:
     """The result in a run's folder; None where there is none that this version can read."""
     try:
-        values = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        values = read_json_object(folder / RESULT_FILE)
+    except ReftuneError:
         return None
-    if not isinstance(values, dict) or values.pop("format", None) != RESULT_FORMAT:
+    if values.pop("format", None) != RESULT_FORMAT:
         return None
     if set(values) != {item.name for item in fields(RunResult)}:
         return None
-    for name in ("curve", "train_curve"):
-        values[name] = [(float(x), float(y)) for x, y in values[name]]
+    try:
+        for name in ("curve", "train_curve"):
+            values[name] = [(float(x), float(y)) for x, y in values[name]]
+    except (TypeError, ValueError, OverflowError):
+        return None
     return RunResult(**values)
 
 

@@ -25,6 +25,7 @@ from reftune.comparison.single_run import execute
 from reftune.comparison.worker import MARK
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
+from reftune.output import terminal
 from reftune.output.files import write_text
 from reftune.runs.output_folder import readable_disk_errors
 from reftune.training.prefix.store import PrefixStore
@@ -92,7 +93,7 @@ def run_comparison(
         raise ReftuneError(f"jobs={jobs}: several runs at a time need processes of their own.")
     if share_prefixes and own_processes:
         raise ReftuneError("share_prefixes: prefixes are shared within one process; run in this process.")
-    console = console or Console(stderr=True)
+    console = console or terminal.console(stderr=True)
     wanted = {recipe.method(name).name for name in only} or {method.name for method in recipe.methods}
     checked = check_comparison(recipe)
     done, waiting = _sort_out(recipe, checked)

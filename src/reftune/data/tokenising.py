@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from reftune.data.formats import Example, LabelledText
 from reftune.data.templates import render_prompt, resolve_template, turn_end
 from reftune.errors import ReftuneError
+from reftune.output import terminal
 
 IGNORED = -100
 """The label of a token that is not learnt."""
@@ -167,10 +168,11 @@ def encode_dataset(
     else:
         encoded = _encode(cast("Sequence[Example]", rows), encoding, cut)
     if progress:
-        from rich.console import Console
         from rich.progress import track
 
-        encoded = iter(track(encoded, "Tokenising", total=len(rows), console=Console(stderr=True), transient=True))
+        encoded = iter(
+            track(encoded, "Tokenising", total=len(rows), console=terminal.console(stderr=True), transient=True)
+        )
     columns: dict[str, list[Any]] = {}
     for row in encoded:
         for key, value in row.items():
@@ -206,7 +208,7 @@ def _fit(
         if encoding.on_long_prompt == "error":
             raise ReftuneError(
                 f"{where}the prompt has {len(prompt)} tokens and only {room} fit beside its completion: raise "
-                f"max_length={limit}, shorten the row, or use on_long_prompt='truncate'"
+                f"max_length={limit}, shorten the row, or use --long-prompts truncate"
             )
         cut["the prompt is too long and lost its beginning"] += 1
         prompt = encoding._cut_prompt(prompt, room)
@@ -246,7 +248,7 @@ def _encode_labelled(
             if encoding.on_long_prompt == "error":
                 raise ReftuneError(
                     f"{_where(row)}the text has {len(whole.input_ids)} tokens: raise max_length={encoding.limit}, "
-                    "shorten the row, or use on_long_prompt='truncate'"
+                    "shorten the row, or use --long-prompts truncate"
                 )
             cut["the text is too long and lost its end"] += 1
             whole = encoding.tokenizer(row.text, row.text_pair, truncation=True, max_length=encoding.limit)

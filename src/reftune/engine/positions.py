@@ -109,6 +109,8 @@ def parse_positions(text: str) -> Positions:
             "prompt (every prompt token), generated (those after it), any of these +generated, or all; for example "
             "'l1', 'f7+l7' or 'l1+generated'."
         )
+    if any(len(match[name] or "") > 9 for name in ("prefix", "suffix")):
+        raise ReftuneError(f"positions={text!r}: no prompt has so many tokens; write all, or a smaller number.")
     prefix, suffix = int(match["prefix"] or 0), int(match["suffix"] or 0)
     return Positions(compact, prefix, suffix, bool(match["prompt"]), bool(match["generated"]))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from reftune.errors import ReftuneError
 from reftune.output.files import write_text
+from reftune.output.json_files import read_json_object
 from reftune.runs.output_folder import readable_disk_errors
 
 
@@ -37,7 +38,7 @@ class ResultFile:
         with readable_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if told.is_file() and self.path.is_file():
-                _check_same(json.loads(told.read_text(encoding="utf-8")), settings, self.path)
+                _check_same(read_json_object(told, "delete it to start again"), settings, self.path)
                 self.records = _read(self.path)
             else:
                 self.path.unlink(missing_ok=True)
@@ -76,12 +77,12 @@ def _line(index: int, record: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
     records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the end of an interrupted write, or the empty string after the last line
-        records[int(record.pop("row"))] = record
+            records[int(record.pop("row"))] = record
+        except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+            continue  # the end of an interrupted write, the empty string after the last line, or no result of ours
     return records
 
 

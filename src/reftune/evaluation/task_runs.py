@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from peft import get_peft_model_state_dict
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reftune.data.templates import render_prompt, resolve_template
@@ -28,6 +27,7 @@ from reftune.evaluation.task_rows import TaskRow
 from reftune.evaluation.tasks import OPTIONS, TASKS, OptionForm, Task
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel
+from reftune.output import terminal
 from reftune.output.files import write_text
 
 Scoring = Literal["generate", "options"]
@@ -326,6 +326,6 @@ def _bar(shown: bool, title: str, total: int, done: int) -> Iterator[Any]:
         yield lambda count: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=terminal.console(stderr=True), transient=True) as bar:
         row = bar.add_task(title, total=total, completed=done)
         yield lambda count: bar.advance(row, count)

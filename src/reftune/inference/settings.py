@@ -27,17 +27,22 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1.")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1, and below 2**31.")
         for name in ("top_k", "no_repeat_ngram"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < 2**31:
                 raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 1; 0 switches it off.")
-        if self.temperature < 0:
-            raise ReftuneError(f"temperature={self.temperature}: 0 is greedy, above 0 samples.")
+        # Written so that nan, which no comparison holds for, is refused too.
+        if not 0 <= self.temperature <= 100:
+            raise ReftuneError(f"temperature={self.temperature}: 0 is greedy, above 0 (at most 100) samples.")
         if not 0 < self.top_p <= 1:
             raise ReftuneError(f"top_p={self.top_p}: must be above 0 and at most 1.")
-        if self.repetition_penalty <= 0:
-            raise ReftuneError(f"repetition_penalty={self.repetition_penalty}: must be above 0; 1 is none.")
+        if not 0 < self.repetition_penalty <= 100:
+            raise ReftuneError(
+                f"repetition_penalty={self.repetition_penalty}: must be above 0 and at most 100; 1 is none."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ReftuneError(f"seed={self.seed}: must be at least 0 and below 2**32.")
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,13 @@ def _block_paths(model: str | None) -> Callable[[Representation], str]:
     from reftune.models import BUNDLED, bundled_folder
 
     try:
-        config = AutoConfig.from_pretrained(str(bundled_folder()) if model == BUNDLED else model)
+        place = str(bundled_folder()) if model == BUNDLED else model
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         with init_empty_weights():
-            empty = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ReftuneError(f"model {model!r} cannot be read ({str(error).splitlines()[0]}).") from None
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # hub, json and configuration errors share no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ReftuneError(f"model {model!r} cannot be read ({reason}): name a model folder or Hub name.") from None
     return lambda one: _checked_path(one, empty, model)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from reftune.adapter.checkpoint import CONFIG_FILE
 from reftune.errors import ReftuneError
+from reftune.output.json_files import read_json_object
 from reftune.pyreft.config import Representation, read_component
 from reftune.pyreft.interventions import INTERVENTIONS
 
@@ -42,21 +42,38 @@ def read_pyreft(folder: Path) -> list[Representation]:
     path = folder / "config.json"
     if not path.is_file():
         raise ReftuneError(f"{folder}: has no {CONFIG_FILE} of this library and no config.json of pyreft.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        rows, kinds, keys = config["representations"], config["intervention_types"], config["sorted_keys"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ReftuneError(f"{path} is not a configuration that pyreft saved ({error!r}).") from None
+    config = read_json_object(path, "have pyreft save it again")
+    rows, kinds, keys = (config.get(name, []) for name in ("representations", "intervention_types", "sorted_keys"))
     kinds = kinds if isinstance(kinds, list) else [kinds]
+    if (
+        not rows
+        or not isinstance(rows, list)
+        or not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+    ):
+        raise ReftuneError(f"{path} is not a configuration that pyreft saved: it lists no representations and keys.")
     if len(kinds) == 1:
         kinds = kinds * len(rows)
     if not len(rows) == len(kinds) == len(keys):
         raise ReftuneError(f"{path}: {len(rows)} representations, {len(kinds)} intervention types, {len(keys)} keys.")
-    return [_read_one(folder, row, kind, key) for row, kind, key in zip(rows, kinds, keys, strict=True)]
+    try:
+        return [_read_one(folder, row, kind, key) for row, kind, key in zip(rows, kinds, keys, strict=True)]
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError) as error:
+        if isinstance(error, ReftuneError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ReftuneError(f"{folder} does not hold what pyreft saves ({reason}): have pyreft save it again.") from None
 
 
 def _read_one(folder: Path, row: Any, kind: str, key: str) -> Representation:
-    layer, component = (row["layer"], row["component"]) if isinstance(row, dict) else row[:2]
+    wanted = (row.get("layer"), row.get("component")) if isinstance(row, dict) else row
+    if not isinstance(wanted, (list, tuple)) or len(wanted) < 2:
+        raise ReftuneError(f"{folder}: {key}: its representation is {row!r}; pyreft writes [layer, component, ...].")
+    layer, component = wanted[:2]
+    if not isinstance(component, str) or isinstance(layer, bool) or not isinstance(layer, (int, type(None))):
+        raise ReftuneError(f"{folder}: {key}: layer {layer!r} and component {component!r} name no place in a model.")
+    if Path(key).name != key:
+        raise ReftuneError(f"{folder}: {key!r} is no name of a file in that folder.")
     cls = INTERVENTIONS.get(re.sub(r"^<class '|'>$", "", str(kind)).rpartition(".")[2])
     if cls is None:
         raise ReftuneError(f"{folder}: {key} is a {kind}; pyreft's six are {', '.join(INTERVENTIONS)}.")

@@ -30,9 +30,9 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
         ReftuneError: anything the user can mend; what the output folder held before is whole then.
         TrainingInterrupted: after Ctrl-C in training.
     """
-    from rich.console import Console
+    from reftune.output import terminal
 
-    console = console or Console(stderr=True)
+    console = console or terminal.console(stderr=True)
     if recipe.task == "classification":
         from reftune.runs.classification import run_classification
 

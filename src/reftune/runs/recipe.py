@@ -35,12 +35,27 @@ from reftune.runs.recipe_values import (
     read_labels,
     read_layers,
     read_yaml,
+    told_by_flag,
 )
 from reftune.runs.recipe_values import option as _option
 from reftune.training.arguments import no_type_check
 
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
+_LIMITS = {
+    "rank": (1, 65_536),
+    "batch_size": (1, 1_000_000),
+    "gradient_accumulation": (1, 1_000_000),
+    "limit_rows": (1, 10**12),
+    "log_every": (1, 10**9),
+    "seed": (0, 2**32 - 1),  # what numpy's generator takes
+    "show": (0, 1_000_000),
+    "warmup_steps": (0, 10**9),
+    "weight_decay": (0, 100),
+    "max_grad_norm": (0, 10**9),
+    "max_length": (2, 10**9),
+}
+"""Least and most of the numbers that have both."""
 _PER_CALL = ("resume", "overwrite", "show")
 """Fields that say what one call does and not what is trained: `run.yaml` leaves them at their defaults."""
 
@@ -190,20 +205,18 @@ class TrainRecipe:
         object.__setattr__(self, "columns", read_columns(self.columns))
         object.__setattr__(self, "labels", read_labels(self.labels))
         self._check_task()
-        for name in ("rank", "batch_size", "gradient_accumulation", "limit_rows", "log_every"):
-            self._at_least(name, 1)
-        for name in ("seed", "show", "warmup_steps", "weight_decay", "max_grad_norm"):
-            self._at_least(name, 0)
-        for name in ("epochs", "lr"):
-            if getattr(self, name) <= 0:
-                raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0.")
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ReftuneError(f"{name}={value}: must be at least {least} and at most {most:,}.")
+        for name, most in (("epochs", 1_000_000), ("lr", 100)):
+            if not 0 < getattr(self, name) <= most:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0 and at most {most:,}.")
         for name in ("eval_fraction", "warmup_ratio", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 0 and below 1.")
         if self.eval_file and self.eval_fraction:
             raise ReftuneError("eval_file and eval_fraction are both given: held-out rows come from one of them.")
-        if self.max_length is not None and self.max_length < 2:
-            raise ReftuneError(f"max_length={self.max_length}: a row needs a prompt token and a label, so at least 2.")
         if self.warmup_ratio and self.warmup_steps is not None:
             raise ReftuneError(
                 f"warmup_steps={self.warmup_steps}: warmup_ratio={self.warmup_ratio:g} is given too; keep one of them."
@@ -216,11 +229,6 @@ class TrainRecipe:
         if self.schedule not in schedules:
             raise ReftuneError(f"schedule={self.schedule!r}: choose one of {', '.join(schedules)}.")
         self.adapter_config()
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise ReftuneError(f"{name}={value}: must be at least {least}.")
 
     def _check_task(self) -> None:
         """Refuse options that the other task alone has."""
@@ -292,13 +300,15 @@ def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | No
         ReftuneError: a file that is missing or not YAML, a key that does not exist, a value out of range.
     """
     if path is None:
-        return TrainRecipe(**given(flags))
+        with told_by_flag(flags):
+            return TrainRecipe(**given(flags))
     path = Path(path).expanduser()
     path = path / RUN_FILE if path.is_dir() else path
     values = read_yaml(path)
     check_names(values, also_known_as(TrainRecipe), f"recipe {path}")
     try:
-        return TrainRecipe(**merged(values, flags))
+        with told_by_flag(flags):
+            return TrainRecipe(**merged(values, flags))
     except ReftuneError as error:
         if any(str(error).startswith((f"{name}=", f"{name} ")) for name in values.keys() - given(flags).keys()):
             raise ReftuneError(f"{path}: {error}") from None

@@ -18,6 +18,10 @@ from reftune.data.classification import NUMBER
 from reftune.errors import ReftuneError
 
 _Made = TypeVar("_Made")
+_MOST = 10**12
+"""Of any number: past it are slips of the keyboard, and what libraries cannot count."""
+_MOST_VALUES = 100_000
+"""Of a recipe; with aliases a short file can stand for more than any memory holds."""
 _ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"))
 """Keys that say the same in two ways."""
 
@@ -49,7 +53,8 @@ def coerce_fields(owner: Any) -> None:
 def read_flags(owner: type[_Made], flags: Mapping[str, Any]) -> _Made:
     """A dataclass made of the given flags that are its fields, each as its field's type; errors as for `coerce`."""
     kinds = {item.name: (item, kind) for item, kind in typed_fields(owner)}
-    return owner(**{name: coerce(*kinds[name], value) for name, value in given(flags).items() if name in kinds})
+    with told_by_flag(flags):
+        return owner(**{name: coerce(*kinds[name], value) for name, value in given(flags).items() if name in kinds})
 
 
 def given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -73,6 +78,18 @@ def told_at(where: str) -> Iterator[None]:
         raise ReftuneError(f"{where}: {error}") from None
 
 
+@contextmanager
+def told_by_flag(flags: Mapping[str, Any] | None) -> Iterator[None]:
+    """Errors of the ``with`` block about a field that a flag gave name the flag as people write it."""
+    try:
+        yield
+    except ReftuneError as error:
+        name, equals, rest = str(error).partition("=")
+        if not equals or name not in given(flags):
+            raise
+        raise ReftuneError(f"--{name.replace('_', '-')}={rest}") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -85,13 +102,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ReftuneError(f"recipe {path}: there is no such file{near}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        unfolded = _size(values, {})
+    except RecursionError:
+        raise ReftuneError(f"recipe {path} is nested too deeply, or contains itself: write it flatter.") from None
+    except OSError as error:
+        raise ReftuneError(f"recipe {path} cannot be read ({error.strerror or error}).") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also: bytes that are no UTF-8, dates that are none
         raise ReftuneError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if unfolded > _MOST_VALUES:
+        raise ReftuneError(f"recipe {path}: its aliases (*name) unfold to more than {_MOST_VALUES:,} values.")
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ReftuneError(f"recipe {path} holds a {type(values).__name__}; write one `key: value` a line.")
     return {str(key): value for key, value in values.items()}
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values these are with every alias written out; RecursionError where a value contains itself."""
+    if not isinstance(value, (Mapping, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where: str = "", what: str = "key") -> None:
@@ -111,17 +145,17 @@ def check_names(values: Iterable[str], names: Mapping[str, Sequence[str]], where
 
 
 def read_number(name: str, value: Any, *, whole: bool = False, least: int | None = None, unit: str = "") -> Any:
-    """A number of at least `least` (above 0 where that is None), `4e-3` as text too.
+    """A finite number of at least `least` (above 0 where that is None), `4e-3` as text too.
 
     Raises:
         ReftuneError: anything else.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     enough = number > 0 if least is None else number >= least
-    if not enough or not math.isfinite(number) or (whole and not number.is_integer()):
+    if not enough or number > _MOST or (whole and not number.is_integer()):
         bound = "above 0" if least is None else f"of at least {least}"
         unit = f" ({unit})" if unit else ""
         raise ReftuneError(f"{name}={value!r}: give {'a whole number' if whole else 'a number'} {bound}{unit}.")
@@ -228,10 +262,10 @@ def coerce(item: Field[Any], kinds: Any, value: Any) -> Any:
     if wanted in (int, float):
         unit = f" of {item.metadata['unit']}" if item.metadata["unit"].isalpha() else ""
         try:
-            number = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
-            number = None
-        if number is None or number != number or (wanted is int and not number.is_integer()):
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not abs(number) <= _MOST or (wanted is int and not number.is_integer()):
             what = "a whole number" if wanted is int else "a number"
             raise ReftuneError(f"{item.name}={value!r}: give {what}{unit}.")
         number = int(number) if wanted is int else number

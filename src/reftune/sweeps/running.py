@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from reftune.errors import ReftuneError
+from reftune.output import terminal
 from reftune.output.files import write_text
 from reftune.runs.output_folder import begin_output, readable_disk_errors
 from reftune.runs.recipe import TrainRecipe
@@ -72,7 +73,7 @@ def run_sweep(sweep: SweepRecipe, more: int | None = None, console: Console | No
         SweepInterrupted: after Ctrl-C.
     """
     require_packages()
-    console = console or Console(stderr=True)
+    console = console or terminal.console(stderr=True)
     folder = Path(sweep.base.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ReftuneError(f"output={sweep.base.output!r} is a file; name a folder.")

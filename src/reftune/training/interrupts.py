@@ -1,6 +1,6 @@
-"""Ctrl-C in training: stop where a resumed run can take up exactly, with the state saved.
+"""Ctrl-C or SIGTERM in training: stop where a resumed run can take up exactly, with the state saved.
 
-The first Ctrl-C lets the step that is running finish (and the evaluation that belongs to it), saves, and then raises
+The first one lets the step that is running finish (and the evaluation that belongs to it), saves, and then raises
 `KeyboardInterrupt`. A second one stops at once and saves nothing. A `KeyboardInterrupt` from elsewhere (a callback, a
 notebook's stop button in another thread) finds here whether the state belongs together, and the random state to save.
 """
@@ -63,30 +63,31 @@ class InterruptCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C while the context lasts. **Replaces Python's default SIGINT handler, and puts it back**.
+        """Handle Ctrl-C and SIGTERM while the context lasts. **Replaces the default handlers, and puts them back**.
 
         A handler that the program installed itself is left alone, and so is every thread but the main one.
         """
         self.asked = self.hurried = False
         self._updating = self._point = None
-        ours = threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._pressed)
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        ours = {n: found for n, found in before.items() if found in (signal.default_int_handler, signal.SIG_DFL)}
+        for number in ours:
+            signal.signal(number, self._pressed)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, found in ours.items():
+                signal.signal(number, found)
 
     def _pressed(self, signum: int, frame: Any) -> None:
         if self.asked:
             self.hurried = True
             raise KeyboardInterrupt
         self.asked = True
-        logger.warning(
-            "Ctrl-C: finishing this step, then saving a checkpoint. Press it again to stop at once, unsaved."
-        )
+        what = "SIGTERM" if signum == signal.SIGTERM else "Ctrl-C"
+        logger.warning("%s: finishing this step, then saving a checkpoint; a second one stops at once, unsaved.", what)
 
     def can_save(self, step: int) -> bool:
         """Whether weights, optimiser and ``step`` (the steps done) belong together: not in the middle of an update."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from reftune.output import terminal
 from reftune.training.throughput import ThroughputCallback
 
 
@@ -28,7 +29,7 @@ class ProgressBarCallback(TrainerCallback):
         self, throughput: ThroughputCallback, console: Console | None = None, every_seconds: float = 5.0
     ) -> None:
         self._throughput = throughput
-        self._console = console if console is not None else Console(stderr=True)
+        self._console = console if console is not None else terminal.console(stderr=True)
         self._every_seconds = every_seconds
         self._bar: Progress | None = None
         self._task = TaskID(0)
