@@ -13,9 +13,9 @@ import torch
 
 import reftune
 from reftune.adapter.checkpoint import WEIGHTS_FILE
+from reftune.engine.row_plan import Run
 from reftune.serving.bank import Bank, Held
 from reftune.serving.folded import read_folded
-from reftune.serving.row_plan import Run
 from tests.serving.adapters import edits_of, save_adapter
 from tests.tiny_models import CAUSAL, HIDDEN
 

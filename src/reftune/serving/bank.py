@@ -32,9 +32,9 @@ from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from reftune.edits import FoldedEdit
 from reftune.edits.base import compute_dtype, without_autocast
 from reftune.engine.positions import Part
+from reftune.engine.row_plan import EditedRange, Run, edited_ranges
 from reftune.errors import ReftuneError
 from reftune.serving.folded import FoldedAdapter, read_folded
-from reftune.serving.row_plan import EditedRange, Run, edited_ranges
 
 logger = logging.getLogger(__name__)
 Site = tuple[str, str]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reftune.engine.positions import Positions, TokenLayout, parse_positions
-from reftune.serving.row_plan import ENDLESS, EditedRange, Run, Tokens, edited_ranges, edited_runs, edits_inside
-from reftune.serving.row_plan import row_slots as slots_of_rows
+from reftune.engine.row_plan import ENDLESS, EditedRange, Run, Tokens, edited_ranges, edited_runs, edits_inside
+from reftune.engine.row_plan import row_slots as slots_of_rows
 
 ENDS = st.sampled_from(["", "f1", "f3", "f7", "l1", "l2", "l9", "f2+l3", "f7+l7", "f1+l9", "prompt"])
 POSITIONS = st.builds(
