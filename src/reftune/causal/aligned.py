@@ -17,7 +17,7 @@ from reftune.causal.locations import Location
 from reftune.causal.reuse import Recording, first_computed, picked_inputs
 from reftune.causal.session import Bound, Session
 from reftune.causal.sweep import output_tensor
-from reftune.engine.sites import Site
+from reftune.engine.sites import Site, Stack
 from reftune.errors import ReftuneError
 
 _CHUNK = 64
@@ -73,13 +73,8 @@ class AlignedRuns:
                 active = active[:, None].expand(-1, states.shape[1], -1)
                 location = _rows_of(aligned.location, index)
                 bound.append(Bound(location, site, aligned.alignment, [states, active], number))
-        session = Session(self.model, bound, cells=count)
-        session.install()
-        try:
-            with self._recording.resume(self._first, pick):
-                output = output_tensor(call(self.model, picked_inputs(Run(self.data.base), pick)))
-        finally:
-            session.uninstall()
+        with Session(self.model, bound, cells=count), self._recording.resume(self._first, pick):
+            output = output_tensor(call(self.model, picked_inputs(Run(self.data.base), pick)))
         if output.ndim == 3:
             output = output[:, -1]
         if self.choices is not None:
@@ -119,8 +114,6 @@ class AlignedRuns:
         stack = next(iter(stacks))
         first = min(map(first_computed, sites)) if len(stacks) == 1 and stack is not None else 0
         if stack is None or not first:
-            from reftune.engine.sites import Stack
-
             return 0, Recording(self.model, base, Stack("", "", "", ()), [])
         return first, Recording.in_chunks(self.model, base, stack, first - 1, _CHUNK)
 

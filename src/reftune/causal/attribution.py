@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from reftune.causal.heat_map import HeatMap
 from reftune.causal.interchange import Inputs, Intervention, Run, call, intervene, read
 from reftune.causal.locations import Location
-from reftune.causal.reuse import batch_of
+from reftune.causal.patching import runs_alike
 from reftune.causal.sweep import Metric, output_tensor, sweep
 from reftune.causal.training import frozen
-from reftune.engine.sites import find_sites
+from reftune.engine.sites import Layers, find_sites
 from reftune.errors import ReftuneError
 
 
@@ -40,7 +39,7 @@ def attribution_patch(
     metric: Metric,
     *,
     component: str = "block_output",
-    layers: int | Sequence[int] | Literal["all"] = "all",
+    layers: Layers = "all",
     positions: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
     relative: bool = True,
@@ -61,11 +60,8 @@ def attribution_patch(
     Returns:
         The estimated heat map.
     """
-    base, source = (run if isinstance(run, Run) else Run(run) for run in (base, source))
-    batch = batch_of(base)
-    if batch_of(source) != batch:
-        raise ReftuneError(f"the source has a batch of {batch_of(source)}, the base one of {batch}")
-    numbers = [site.layer for site in find_sites(model, component, layers) if site.layer is not None]  # type: ignore[arg-type]
+    base, source = runs_alike(base, source)
+    numbers = [site.layer for site in find_sites(model, component, layers) if site.layer is not None]
     where = None if positions is None else list(positions)
     locations = [Location(component, layer, where) for layer in numbers]
     probes = [_Probe() for _ in locations]
@@ -87,9 +83,8 @@ def attribution_patch(
         if relative:
             low, high = (sweep(model, run, [[]], metric)[0] for run in (base, source))
             per_row = per_row / (high - low)
-    names = list(labels) if labels is not None else [str(c) for c in where or range(per_row.shape[1])]
-    title = f"{component} put in, to first order"
-    return HeatMap(per_row.mean(-1), [str(n) for n in numbers], names, per_row, title)
+    columns = labels or where or range(per_row.shape[1])
+    return HeatMap.of(per_row, numbers, columns, f"{component} put in, to first order")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +34,13 @@ class HeatMap:
     per_row: Float[Tensor, "layers columns batch"]
     title: str = ""
     across: str = "position"
+
+    @classmethod
+    def of(
+        cls, per_row: Tensor, layers: Sequence[int], columns: Sequence[Any], title: str, across: str = "position"
+    ) -> HeatMap:
+        """The map of values (layers, columns, batch), averaged over the batch."""
+        return cls(per_row.mean(-1), list(map(str, layers)), list(map(str, columns)), per_row, title, across)
 
     def best(self) -> tuple[str, str, float]:
         """The layer and column with the greatest value, and that value."""

@@ -38,6 +38,11 @@ class Run:
     inputs: Inputs
     interventions: tuple[Intervention, ...] = ()
 
+    @staticmethod
+    def of(what: Run | Inputs) -> Run:
+        """A run as it is; inputs as a run without interventions."""
+        return what if isinstance(what, Run) else Run(what)
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -76,8 +81,7 @@ def swap(
     subspace: Subspace | None = None,
 ) -> Intervention:
     """Interchange: the state that the source has there; with a subspace, only the part of it within."""
-    run = source if isinstance(source, Run) else Run(source)
-    return Intervention(location, actions.SwapIn(subspace), (Source(run, source_location),))
+    return Intervention(location, actions.SwapIn(subspace), (Source(Run.of(source), source_location),))
 
 
 def put(location: Location, states: Tensor, subspace: Subspace | None = None) -> Intervention:
@@ -97,8 +101,7 @@ def fill(location: Location, vector: Tensor | float) -> Intervention:
 
 def mean(location: Location, source: Inputs | Run, source_location: Location | None = None) -> Intervention:
     """Mean ablation: the average over the rows of a source, position by position."""
-    run = source if isinstance(source, Run) else Run(source)
-    return Intervention(location, actions.SwapIn(), (Source(run, source_location, mean=True),))
+    return Intervention(location, actions.SwapIn(), (Source(Run.of(source), source_location, mean=True),))
 
 
 def add(location: Location, vector: Tensor, scale: float = 1.0) -> Intervention:
@@ -144,12 +147,12 @@ class intervene:  # noqa: N801 - a context manager, named as a verb
             for i, found in zip(self.interventions, states, strict=True)
         ]
         self._session = Session(self.model, bound)
-        self._session.install()
+        self._session.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._session is not None:
-            self._session.uninstall()
+            self._session.__exit__()
 
     def collected(self, index: int = 0) -> Tensor:
         """States that the i-th intervention saw in the latest forward, (batch, n, width); before its own change."""
@@ -164,14 +167,14 @@ def run(model: nn.Module, what: Run | Inputs) -> Any:
     Returns:
         What the model returns.
     """
-    what = what if isinstance(what, Run) else Run(what)
+    what = Run.of(what)
     with intervene(model, *what.interventions):
         return call(model, what.inputs)
 
 
 def read(model: nn.Module, what: Run | Inputs, *locations: Location) -> list[Tensor]:
     """The states at some locations, (batch, n, width) each, from one run that ends at the last of them."""
-    what = what if isinstance(what, Run) else Run(what)
+    what = Run.of(what)
     first = len(what.interventions)
     with intervene(model, *what.interventions, *map(collect, locations)) as found:
         assert found._session is not None
@@ -194,21 +197,22 @@ def source_states(model: nn.Module, interventions: Sequence[Intervention]) -> li
     for intervention in interventions:
         for source in intervention.sources:
             if isinstance(source.run, Run):
-                key = id(source.run.inputs) if not source.run.interventions else id(source.run)
-                wanted.setdefault(key, (source.run, []))[1].append(_source_location(intervention, source))
+                wanted.setdefault(_key(source.run), (source.run, []))[1].append(_source_location(intervention, source))
     found = {key: iter(read(model, what, *locations)) for key, (what, locations) in wanted.items()}
-    result: list[list[Tensor]] = []
-    for intervention in interventions:
-        states = []
-        for source in intervention.sources:
-            if isinstance(source.run, Run):
-                key = id(source.run.inputs) if not source.run.interventions else id(source.run)
-                state = next(found[key])
-            else:
-                state = source.run if source.run.ndim == 3 else source.run[:, None]
-            states.append(state.mean(0, keepdim=True) if source.mean else state)
-        result.append(states)
-    return result
+
+    def states(source: Source) -> Tensor:
+        if isinstance(source.run, Run):
+            state = next(found[_key(source.run)])
+        else:
+            state = source.run if source.run.ndim == 3 else source.run[:, None]
+        return state.mean(0, keepdim=True) if source.mean else state
+
+    return [[states(source) for source in intervention.sources] for intervention in interventions]
+
+
+def _key(what: Run) -> int:
+    """The same for runs that need be made only once."""
+    return id(what) if what.interventions else id(what.inputs)
 
 
 def _source_location(intervention: Intervention, source: Source) -> Location:

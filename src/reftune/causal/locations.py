@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reftune.engine.position_plan import EVERY_ROW, Rows
 from reftune.engine.positions import TokenLayout, parse_positions
-from reftune.engine.sites import Site, find_sites, find_stacks, resolve_layers
+from reftune.engine.sites import Layers, Site, find_sites, find_stacks, resolve_layers
 from reftune.errors import ReftuneError
 
 Indices = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | str | None
@@ -89,14 +89,14 @@ class Location:
         return found.repeat_interleave(max(1, batch // found.shape[0]), 0).long()
 
 
-def layers_of(model: nn.Module, component: str, layers: object = "all") -> list[int | None]:
+def layers_of(model: nn.Module, component: str, layers: Layers = "all") -> list[int | None]:
     """The numbers of the layers that have a component (None where it names one module and no layer).
 
     Raises:
         ReftuneError: there is none.
     """
     try:
-        return [site.layer for site in find_sites(model, component, layers)]  # type: ignore[arg-type]
+        return [site.layer for site in find_sites(model, component, layers)]
     except ReftuneError:
         head, found, _ = component.partition(".{layer}")
         blocks = dict(model.named_modules()).get(head)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from reftune.causal.heat_map import HeatMap
-from reftune.causal.interchange import Inputs, Run, swap
+from reftune.causal.interchange import Inputs, Intervention, Run, swap
 from reftune.causal.locations import Location
 from reftune.causal.reuse import batch_of
 from reftune.causal.sweep import Metric, sweep
-from reftune.engine.sites import find_sites
+from reftune.engine.blocks import linear_features
+from reftune.engine.sites import Layers, Site, find_sites
 from reftune.errors import ReftuneError
 
 
@@ -24,7 +24,7 @@ def patch(
     metric: Metric,
     *,
     component: str = "block_output",
-    layers: int | Sequence[int] | Literal["all"] = "all",
+    layers: Layers = "all",
     positions: Sequence[int | Sequence[int]] | None = None,
     labels: Sequence[str] | None = None,
     window: int = 1,
@@ -54,27 +54,12 @@ def patch(
     Raises:
         ReftuneError: batches that differ in size, or a metric that base and source share.
     """
-    base, source = (run if isinstance(run, Run) else Run(run) for run in (base, source))
-    if batch_of(base) != batch_of(source):
-        raise ReftuneError(f"the source has a batch of {batch_of(source)}, the base one of {batch_of(base)}")
+    base, source = runs_alike(base, source)
     columns = list(range(_length(base))) if positions is None else list(positions)
-    sites = find_sites(model, component, layers)  # type: ignore[arg-type]
-    numbers = [site.layer for site in sites if site.layer is not None]
-    count = len(sites[0].stack.block_paths) if sites[0].stack else len(sites)
-    cells = [
-        [swap(Location(component, near, column), source) for near in layer_window(layer, window, count)]
-        for layer in numbers
-        for column in columns
-    ]
-    found = sweep(model, base, cells, metric, rows, reuse)
-    if relative:
-        low, high = (sweep(model, run, [[]], metric)[0] for run in (base, source))
-        if bool(((high - low).abs() < 1e-6).any()):
-            raise ReftuneError("a row's metric is the same in base and source: relative=True has nothing to divide by")
-        found = (found - low) / (high - low)
-    per_row = found.view(len(numbers), len(columns), -1)
-    names = list(labels) if labels is not None else [str(column) for column in columns]
-    return HeatMap(per_row.mean(-1), [str(n) for n in numbers], names, per_row, f"{component} put in, one at a time")
+    numbers, cells = cells_of(model, source, component, layers, columns, window)
+    found = _measured(model, base, source, metric, cells, relative, rows, reuse)
+    title = f"{component} put in, one at a time"
+    return HeatMap.of(found.view(len(numbers), len(columns), -1), numbers, labels or columns, title)
 
 
 def patch_heads(
@@ -83,27 +68,63 @@ def patch_heads(
     source: Run | Inputs,
     metric: Metric,
     *,
-    layers: int | Sequence[int] | Literal["all"] = "all",
+    layers: Layers = "all",
     position: int | Sequence[int] | str | None = None,
     relative: bool = True,
     rows: int = 64,
 ) -> HeatMap:
     """As ``patch``, for every attention head at one position (None: all of them): a map of layers x heads."""
-    base, source = (run if isinstance(run, Run) else Run(run) for run in (base, source))
-    numbers = [site.layer for site in find_sites(model, "head_output[0]", layers) if site.layer is not None]  # type: ignore[arg-type]
-    heads = _head_count(model, numbers[0])
+    base, source = runs_alike(base, source)
+    sites = find_sites(model, "head_output[0]", layers)
+    numbers = [site.layer for site in sites if site.layer is not None]
+    heads = _head_count(model, sites[0])
     cells = [
         [swap(Location(f"head_output[{head}]", layer, position), source)] for layer in numbers for head in range(heads)
     ]
-    found = sweep(model, base, cells, metric, rows)
-    if relative:
-        low, high = (sweep(model, run, [[]], metric)[0] for run in (base, source))
-        found = (found - low) / (high - low)
-    per_row = found.view(len(numbers), heads, -1)
-    names = [str(head) for head in range(heads)]
-    return HeatMap(
-        per_row.mean(-1), [str(n) for n in numbers], names, per_row, "attention heads put in, one at a time", "head"
-    )
+    found = _measured(model, base, source, metric, cells, relative, rows)
+    title = "attention heads put in, one at a time"
+    return HeatMap.of(found.view(len(numbers), heads, -1), numbers, range(heads), title, "head")
+
+
+def runs_alike(base: Run | Inputs, source: Run | Inputs) -> tuple[Run, Run]:
+    """Both as runs, which must be of one batch size."""
+    base, source = Run.of(base), Run.of(source)
+    if batch_of(base) != batch_of(source):
+        raise ReftuneError(f"the source has a batch of {batch_of(source)}, the base one of {batch_of(base)}")
+    return base, source
+
+
+def cells_of(
+    model: nn.Module, source: Run, component: str, layers: Layers, columns: Sequence[int | Sequence[int]], window: int
+) -> tuple[list[int], list[list[Intervention]]]:
+    """The layers' numbers, and for each layer and column the swaps that put the source's states in around there."""
+    sites = find_sites(model, component, layers)
+    numbers = [site.layer for site in sites if site.layer is not None]
+    count = len(sites[0].stack.block_paths) if sites[0].stack else len(sites)
+    return numbers, [
+        [swap(Location(component, near, column), source) for near in layer_window(layer, window, count)]
+        for layer in numbers
+        for column in columns
+    ]
+
+
+def _measured(
+    model: nn.Module,
+    base: Run,
+    source: Run,
+    metric: Metric,
+    cells: Sequence[Sequence[Intervention]],
+    relative: bool,
+    rows: int,
+    reuse: bool = True,
+) -> Tensor:
+    found = sweep(model, base, cells, metric, rows, reuse)
+    if not relative:
+        return found
+    low, high = (sweep(model, run, [[]], metric)[0] for run in (base, source))
+    if bool(((high - low).abs() < 1e-6).any()):
+        raise ReftuneError("a row's metric is the same in base and source: relative=True has nothing to divide by")
+    return (found - low) / (high - low)
 
 
 def logit_difference(answer: Tensor | Sequence[int], other: Tensor | Sequence[int], position: int = -1) -> Metric:
@@ -111,7 +132,7 @@ def logit_difference(answer: Tensor | Sequence[int], other: Tensor | Sequence[in
     right, wrong = torch.as_tensor(answer), torch.as_tensor(other)
 
     def metric(logits: Tensor) -> Tensor:
-        last = logits[:, position].float() if logits.ndim == 3 else logits.float()
+        last = _scores(logits, position)
         row = torch.arange(len(last), device=last.device)
         return last[row, right.to(last.device)] - last[row, wrong.to(last.device)]
 
@@ -123,10 +144,14 @@ def probability(answer: Tensor | Sequence[int], position: int = -1) -> Metric:
     right = torch.as_tensor(answer)
 
     def metric(logits: Tensor) -> Tensor:
-        last = logits[:, position].float() if logits.ndim == 3 else logits.float()
+        last = _scores(logits, position)
         return last.softmax(-1)[torch.arange(len(last), device=last.device), right.to(last.device)]
 
     return metric
+
+
+def _scores(logits: Tensor, position: int) -> Tensor:
+    return logits[:, position].float() if logits.ndim == 3 else logits.float()
 
 
 def _length(run: Run) -> int:
@@ -142,11 +167,7 @@ def layer_window(layer: int, window: int, count: int) -> range:
     return range(first, min(count, first + window))
 
 
-def _head_count(model: nn.Module, layer: int) -> int:
-    site = find_sites(model, "head_output[0]", layer)[0]
-    whole = model.get_submodule(site.module_path)
-    from reftune.engine.blocks import linear_features
-
-    features = linear_features(whole)
+def _head_count(model: nn.Module, site: Site) -> int:
+    features = linear_features(model.get_submodule(site.module_path))
     assert features is not None
     return features[0] // site.width

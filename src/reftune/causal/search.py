@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from reftune.causal.interchange import Run, read
 from reftune.causal.interchange_data import InterchangeData
 from reftune.causal.locations import Indices, Location, layers_of
 from reftune.causal.training import DEFAULT, AlignOptions, align_cells
+from reftune.engine.sites import Layers
 from reftune.errors import ReftuneError
 
 
@@ -47,7 +47,7 @@ def search(
     test: InterchangeData,
     *,
     component: str = "block_output",
-    layers: int | Sequence[int] | Literal["all"] = "all",
+    layers: Layers = "all",
     positions: Sequence[Indices] = (None,),
     labels: Sequence[str] | None = None,
     options: AlignOptions = DEFAULT,
@@ -92,6 +92,5 @@ def search(
             for name, cell, accuracy in zip(names[start : start + at_once], part, measured, strict=True):
                 accuracies[layer, name], found[layer, name] = accuracy, cell[0]
     values = torch.tensor([[accuracies[layer, name].overall for name in names] for layer in numbers])
-    rows = [str(layer) for layer in numbers]
-    heat_map = HeatMap(values, rows, names, values[..., None], "interchange intervention accuracy")
+    heat_map = HeatMap.of(values[..., None], numbers, names, "interchange intervention accuracy")
     return SearchResult(heat_map, accuracies, found)

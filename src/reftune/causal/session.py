@@ -118,7 +118,7 @@ class Bound:
 
 
 class Session:
-    """All interventions on one model at a time.
+    """All interventions on one model at a time; a context manager, within which the model is hooked.
 
     Args:
         model: the root module.
@@ -134,8 +134,8 @@ class Session:
         self._prompt: Tensor | None = None
         self._shadowed: Any = None
 
-    def install(self) -> None:
-        """Hook the model; **changes it** until ``uninstall``."""
+    def __enter__(self) -> None:
+        """Hook the model; **changes it** until the end of the ``with`` block."""
         self._handles.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
         places: dict[tuple[str, str], list[int]] = {}
@@ -147,8 +147,7 @@ class Session:
             self._shadowed = self.model.__dict__.get("generate")
             self.model.__dict__["generate"] = self._generate
 
-    def uninstall(self) -> None:
-        """Undo ``install``."""
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -182,7 +181,6 @@ class Session:
                 continue
             labels = arguments.get("labels")
             past = found["past_length"]
-            found["needs_prompt"] = False
             layout = read_layout(**found)
             length = self._prompt_length(layout, past, role)
             if length is None:

@@ -52,7 +52,7 @@ def sweep(
     Returns:
         The metric of each cell and row.
     """
-    base = base if isinstance(base, Run) else Run(base)
+    base = Run.of(base)
     batch = batch_of(base)
     sites = Sites(model)
 
@@ -85,13 +85,8 @@ def sweep(
                 for each in bound[number]:
                     each.cell = place
                     now.append(each)
-            session = Session(model, now, cells=count)
-            session.install()
-            try:
-                with recording.resume(first, tile):
-                    output = output_tensor(call(model, picked_inputs(base, tile)))
-            finally:
-                session.uninstall()
+            with Session(model, now, cells=count), recording.resume(first, tile):
+                output = output_tensor(call(model, picked_inputs(base, tile)))
             for number, part in zip(numbers, output.chunk(count), strict=True):
                 result[number] = metric(part)
     return torch.stack([value for value in result if value is not None])
@@ -104,12 +99,6 @@ def _group(bound: Sequence[Sequence[Bound]], reuse: bool) -> dict[tuple[int, str
         stacks = {each.site.stack.name if each.site.stack else None for each in cell}
         first = min(first_computed(each.site) for each in cell) if reuse and cell and len(stacks) == 1 else 0
         groups.setdefault((first, next(iter(stacks), None) or "" if first else ""), []).append(number)
-    return _with_stacks(groups, bound)
-
-
-def _with_stacks(
-    groups: dict[tuple[int, str], list[int]], bound: Sequence[Sequence[Bound]]
-) -> dict[tuple[int, str], list[int]]:
     # One recording serves one stack: cells of another one (an encoder beside a decoder) are computed in full.
     stacks = [name for first, name in groups if first]
     if len(set(stacks)) <= 1:

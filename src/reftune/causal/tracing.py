@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reftune.causal.heat_map import HeatMap
-from reftune.causal.interchange import Intervention, Run, Source, swap
+from reftune.causal.interchange import Intervention, Run, Source
 from reftune.causal.locations import Indices, Location
-from reftune.causal.patching import layer_window, probability
+from reftune.causal.patching import cells_of, probability
 from reftune.causal.reuse import batch_of, picked_inputs
 from reftune.causal.sweep import sweep
-from reftune.engine.sites import find_sites
+from reftune.engine.sites import Layers
 from reftune.errors import ReftuneError
 
 
@@ -44,7 +44,7 @@ def trace(
     subject: Indices,
     *,
     component: str = "block_output",
-    layers: int | Sequence[int] | Literal["all"] = "all",
+    layers: Layers = "all",
     positions: Sequence[int | Sequence[int]] | None = None,
     labels: Sequence[str] | None = None,
     window: int = 1,
@@ -84,22 +84,14 @@ def trace(
     corrupted = Run(tiled, (Intervention(there, torch.add, (Source(blur.to(embedding.weight.detach())),)),))
     original = Run(tiled)
 
-    sites = find_sites(model, component, layers)  # type: ignore[arg-type]
-    numbers = [site.layer for site in sites if site.layer is not None]
-    last = len(sites[0].stack.block_paths) if sites[0].stack else len(sites)
     length = next(iter(inputs.values())).shape[1]
     columns = list(range(length)) if positions is None else list(positions)
-    cells = [
-        [swap(Location(component, near, column), original) for near in layer_window(layer, window, last)]
-        for layer in numbers
-        for column in columns
-    ]
+    numbers, cells = cells_of(model, original, component, layers, columns, window)
     metric = probability(torch.as_tensor(answer).repeat_interleave(samples))
     low, high = (float(sweep(model, run, [[]], metric).mean()) for run in (corrupted, original))
     per_row = sweep(model, corrupted, cells, metric, rows).view(len(numbers), len(columns), -1)
-    names = list(labels) if labels is not None else [str(column) for column in columns]
     title = f"probability of the answer with {component} put back"
-    return Trace(HeatMap(per_row.mean(-1), [str(n) for n in numbers], names, per_row, title), high, low)
+    return Trace(HeatMap.of(per_row, numbers, labels or columns, title), high, low)
 
 
 def _embedding(model: nn.Module) -> tuple[nn.Embedding, str]:

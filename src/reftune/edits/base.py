@@ -14,6 +14,7 @@ from reftune.edits.activations import activation, is_linear
 from reftune.errors import ReftuneError
 
 Init = Literal["identity", "paper"]
+Factors = tuple[Float[Tensor, "r width"], Float[Tensor, " r"], Float[Tensor, "r width"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class FoldedEdit:
 class Edit(nn.Module):
     """h + dropout(delta(h)): a change of the hidden state, learned while the model stays as it is.
 
-    A subclass creates its parameters directly on itself, fills them in `reset_parameters` and writes `coordinates`.
+    A subclass creates its parameters directly on itself, fills them in `reset_parameters` and writes `coordinates`; a
+    linear one `factors` too.
 
     Args:
         width: size of the hidden state's last dimension.
@@ -87,13 +89,29 @@ class Edit(nn.Module):
         coordinates, basis = self.coordinates(h)
         return coordinates @ basis
 
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """The three tensors (W, b, P) with which the linear edit is h + P^T(Wh + b), in `dtype`."""
+        raise ReftuneError(f"{type(self).__name__} has no folded form")
+
+    @property
+    def folds(self) -> bool:
+        """Whether the edit has a folded form."""
+        written = type(self).factors is not Edit.factors or type(self).fold is not Edit.fold
+        return self.is_linear and written
+
+    @torch.no_grad()
     def fold(self) -> FoldedEdit:
-        """The edit as (A, b, B), in the dtype of its parameters.
+        """The edit as (A, b, B), in the dtype of its parameters: A = W^T, b = b, B = P of its `factors`.
 
         Raises:
             ReftuneError: the edit has an activation function, so that it is not affine in `h`.
         """
-        raise ReftuneError(f"{type(self).__name__} has no folded form")
+        if not self.is_linear:
+            raise ReftuneError(
+                f"act_fn={self.act_fn!r}: only a linear edit folds to h + (hA + b)B; call the edit itself instead"
+            )
+        W, b, P = self.factors(next(self.parameters()).dtype)
+        return FoldedEdit(A=W.mT.clone(memory_format=torch.contiguous_format), b=b.clone(), B=P.clone())
 
     def retract_(self) -> None:
         """**Brings the parameters back** onto their constraint after an optimiser's step; most edits have none."""
@@ -134,13 +152,6 @@ class Edit(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         """The activation function, element by element."""
         return self.__dict__["_activation"](x)
-
-    def require_linear(self) -> None:
-        """Refuse to fold where an activation stands in the way."""
-        if not self.is_linear:
-            raise ReftuneError(
-                f"act_fn={self.act_fn!r}: only a linear edit folds to h + (hA + b)B; call the edit itself instead"
-            )
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:

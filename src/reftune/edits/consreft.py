@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from reftune.edits.base import FoldedEdit, Init
+from reftune.edits.base import Factors
 from reftune.edits.registry import register_edit
-from reftune.edits.rotated import Parametrization, RotatedEdit
+from reftune.edits.rotated import RotatedEdit
 from reftune.errors import ReftuneError
 
 
@@ -23,26 +23,18 @@ class ConsreftEdit(RotatedEdit):
         ReftuneError: `init="identity"`, or an activation function.
     """
 
-    def __init__(
-        self,
-        width: int,
-        r: int,
-        *,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        init: Init = "paper",
-        parametrization: Parametrization = "cholesky",
-    ) -> None:
-        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init, parametrization=parametrization)
-        if init == "identity":
+    tensors = ("bias",)
+    default_init = "paper"
+
+    def check_options(self) -> None:
+        """Refuse what this method cannot do."""
+        if self.init == "identity":
             raise ReftuneError(
                 "init='identity' with method='consreft': it sets h to a constant in r directions, "
                 "which is the identity for no constant; use init='paper'"
             )
         if not self.is_linear:
-            raise ReftuneError(f"act_fn={act_fn!r}: consreft has nothing to activate; leave act_fn out")
-        self.bias = nn.Parameter(torch.empty(r))
-        self.reset_parameters()
+            raise ReftuneError(f"act_fn={self.act_fn!r}: consreft has nothing to activate; leave act_fn out")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -55,8 +47,7 @@ class ConsreftEdit(RotatedEdit):
         R = self.current_rotation(h.dtype)
         return self.bias.to(h.dtype) - F.linear(h, R), R
 
-    @torch.no_grad()
-    def fold(self) -> FoldedEdit:
-        """A = -R^T, b = b, B = R."""
-        R = self.current_rotation(self.bias.dtype)
-        return FoldedEdit(A=(-R).mT.contiguous(), b=self.bias.clone(), B=R.clone())
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """-R, b and R."""
+        R = self.current_rotation(dtype)
+        return -R, self.bias.to(dtype), R

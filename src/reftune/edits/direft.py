@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reftune.edits.base import Edit, FoldedEdit, Init, init_linear_
+from reftune.edits.base import Edit, Factors, Init, init_linear_
 from reftune.edits.registry import register_edit
 
 
@@ -38,11 +38,9 @@ class DireftEdit(Edit):
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """a(Wh + b), along P."""
-        read = self.activate(F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)))
-        return read, self.projection.to(h.dtype)
+        W, b, P = self.factors(h.dtype)
+        return self.activate(F.linear(h, W, b)), P
 
-    @torch.no_grad()
-    def fold(self) -> FoldedEdit:
-        """A = W^T, b = b, B = P."""
-        self.require_linear()
-        return FoldedEdit(A=self.weight.mT.clone(), b=self.bias.clone(), B=self.projection.clone())
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """W, b and P."""
+        return self.weight.to(dtype), self.bias.to(dtype), self.projection.to(dtype)

@@ -2,11 +2,11 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from reftune.edits.base import FoldedEdit, Init
+from reftune.edits.base import Factors
 from reftune.edits.registry import register_edit
-from reftune.edits.rotated import Parametrization, RotatedEdit
+from reftune.edits.rotated import RotatedEdit
 from reftune.errors import ReftuneError
 
 
@@ -21,21 +21,12 @@ class LobireftEdit(RotatedEdit):
         ReftuneError: an activation function.
     """
 
-    def __init__(
-        self,
-        width: int,
-        r: int,
-        *,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        init: Init = "identity",
-        parametrization: Parametrization = "cholesky",
-    ) -> None:
-        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init, parametrization=parametrization)
+    tensors = ("bias",)
+
+    def check_options(self) -> None:
+        """Refuse what this method cannot do."""
         if not self.is_linear:
-            raise ReftuneError(f"act_fn={act_fn!r}: lobireft has nothing to activate; leave act_fn out")
-        self.bias = nn.Parameter(torch.empty(r))
-        self.reset_parameters()
+            raise ReftuneError(f"act_fn={self.act_fn!r}: lobireft has nothing to activate; leave act_fn out")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -50,8 +41,7 @@ class LobireftEdit(RotatedEdit):
         """Along R: b for every row."""
         return self.bias.to(h.dtype).expand(*h.shape[:-1], self.r), self.current_rotation(h.dtype)
 
-    @torch.no_grad()
-    def fold(self) -> FoldedEdit:
-        """A = 0, b = b, B = R."""
-        R = self.current_rotation(self.bias.dtype)
-        return FoldedEdit(A=torch.zeros_like(R.mT), b=self.bias.clone(), B=R.clone())
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """0, b and R."""
+        R = self.current_rotation(dtype)
+        return torch.zeros_like(R), self.bias.to(dtype), R

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from reftune.edits.base import FoldedEdit, Init, init_linear_
+from reftune.edits.base import Factors, init_linear_
 from reftune.edits.registry import register_edit
-from reftune.edits.rotated import Parametrization, RotatedEdit
+from reftune.edits.rotated import RotatedEdit
 from reftune.errors import ReftuneError
 
 
@@ -19,25 +19,15 @@ class LoreftEdit(RotatedEdit):
     Identity start: W = R, b = 0. Source: arXiv 2404.03592, equation 2.
     """
 
-    def __init__(
-        self,
-        width: int,
-        r: int,
-        *,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        init: Init = "identity",
-        parametrization: Parametrization = "cholesky",
-    ) -> None:
-        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init, parametrization=parametrization)
-        if init == "identity" and not self.is_linear:
+    tensors = ("weight", "bias")
+
+    def check_options(self) -> None:
+        """Refuse what this method cannot do."""
+        if self.init == "identity" and not self.is_linear:
             raise ReftuneError(
-                f"init='identity' with act_fn={act_fn!r}: a(Wh + b) cannot equal Rh for every h; "
+                f"init='identity' with act_fn={self.act_fn!r}: a(Wh + b) cannot equal Rh for every h; "
                 "use init='paper', or act_fn=None"
             )
-        self.weight = nn.Parameter(torch.empty(r, width))
-        self.bias = nn.Parameter(torch.empty(r))
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -51,14 +41,13 @@ class LoreftEdit(RotatedEdit):
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """a(Wh + b) - Rh, along R; linear, it is (W - R)h + b, which is exactly zero where W = R."""
-        R, W, b = self.current_rotation(h.dtype), self.weight.to(h.dtype), self.bias.to(h.dtype)
         if self.is_linear:
-            return F.linear(h, W - R, b), R
-        return self.activate(F.linear(h, W, b)) - F.linear(h, R), R
+            W, b, R = self.factors(h.dtype)
+            return F.linear(h, W, b), R
+        R = self.current_rotation(h.dtype)
+        return self.activate(F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))) - F.linear(h, R), R
 
-    @torch.no_grad()
-    def fold(self) -> FoldedEdit:
-        """A = (W - R)^T, b = b, B = R."""
-        self.require_linear()
-        R = self.current_rotation(self.weight.dtype)
-        return FoldedEdit(A=(self.weight - R).mT.contiguous(), b=self.bias.clone(), B=R.clone())
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """W - R, b and R."""
+        R = self.current_rotation(dtype)
+        return self.weight.to(dtype) - R, self.bias.to(dtype), R

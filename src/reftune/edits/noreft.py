@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reftune.edits.base import Edit, FoldedEdit, Init, init_linear_
+from reftune.edits.base import Edit, Factors, Init, init_linear_
 from reftune.edits.registry import register_edit
 
 
@@ -52,15 +52,13 @@ class NoreftEdit(Edit):
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """a(Wh + b) - Ph - c, along P; linear, it is (W - P)h + b - c, which is exactly zero where W = P and b = c."""
-        W, b, P = self.weight.to(h.dtype), self.bias.to(h.dtype), self.projection.to(h.dtype)
-        c = None if self.offset is None else self.offset.to(h.dtype)
         if self.is_linear:
-            return F.linear(h, W - P, b if c is None else b - c), P
-        return self.activate(F.linear(h, W, b)) - F.linear(h, P, c), P
+            W, b, P = self.factors(h.dtype)
+            return F.linear(h, W, b), P
+        P, c = self.projection.to(h.dtype), None if self.offset is None else self.offset.to(h.dtype)
+        return self.activate(F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))) - F.linear(h, P, c), P
 
-    @torch.no_grad()
-    def fold(self) -> FoldedEdit:
-        """A = (W - P)^T, b = b - c, B = P."""
-        self.require_linear()
-        b = self.bias.clone() if self.offset is None else self.bias - self.offset
-        return FoldedEdit(A=(self.weight - self.projection).mT.contiguous(), b=b, B=self.projection.clone())
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """W - P, b - c and P."""
+        W, b, P = self.weight.to(dtype), self.bias.to(dtype), self.projection.to(dtype)
+        return W - P, b if self.offset is None else b - self.offset.to(dtype), P

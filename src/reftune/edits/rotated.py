@@ -1,6 +1,6 @@
 """The edits that own a rotation R: when it is retracted, how it is saved, and how it is loaded."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -25,9 +25,16 @@ class RotatedEdit(Edit):
       is a buffer that holds the result when saved. A reload gives the same edit, with new reflectors around it.
 
     Either way a checkpoint holds `rotation`, `r x width`, and nothing else about it.
+
+    A subclass either names its further parameters in `tensors`, which the constructor makes and then fills by
+    `reset_parameters`, or has a constructor of its own that does so.
     """
 
+    tensors: ClassVar[tuple[Literal["weight", "bias"], ...]] = ()
+    default_init: ClassVar[Init] = "identity"
     rotation: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -36,10 +43,10 @@ class RotatedEdit(Edit):
         *,
         dropout: float = 0.0,
         act_fn: str | None = None,
-        init: Init = "identity",
+        init: Init | None = None,
         parametrization: Parametrization = "cholesky",
     ) -> None:
-        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init)
+        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init or self.default_init)
         if parametrization not in get_args(Parametrization):
             raise ReftuneError(
                 f"parametrization={parametrization!r}: must be one of {', '.join(get_args(Parametrization))}"
@@ -53,6 +60,14 @@ class RotatedEdit(Edit):
             self.reflectors = nn.Parameter(torch.empty(width, r))
         else:
             self.rotation = nn.Parameter(torch.empty(r, width))
+        self.check_options()
+        for name in self.tensors:
+            setattr(self, name, nn.Parameter(torch.empty((r, width) if name == "weight" else r)))
+        if self.tensors:
+            self.reset_parameters()
+
+    def check_options(self) -> None:
+        """Refuse what this method cannot do."""
 
     @torch.no_grad()
     def reset_rotation(self) -> None:

@@ -205,13 +205,9 @@ def _site_edit(folder: Path, config: dict[str, Any], block: str, part: Part, hel
             edit.trust_rotation()
         numbers = _LAYER.findall(f".{block}")
         layer = int(numbers[-1]) if numbers else None
-        if isinstance(edit, Edit) and _folds(edit):
+        if isinstance(edit, Edit) and edit.folds:
             return SiteEdit(block, layer, part, edit.fold())
         return SiteEdit(block, layer, part, None, edit.requires_grad_(False))
-
-
-def _folds(edit: Edit) -> bool:
-    return edit.is_linear and type(edit).fold is not Edit.fold
 
 
 _drawing = threading.Lock()
@@ -235,7 +231,7 @@ def _skeleton(method: str, width: int, r: int, options: dict[str, Any]) -> _Skel
         with torch.random.fork_rng(devices=[]):
             edit = make_edit(method, width, r, **options)
     found = edit.eval(), {name: tensor.shape for name, tensor in edit.state_dict().items()}
-    if isinstance(edit, Edit) and _folds(edit):
+    if isinstance(edit, Edit) and edit.folds:
         if len(_skeletons) >= 64:
             _skeletons.clear()
         _skeletons[key] = found
