@@ -335,7 +335,7 @@ class EmbeddedEngine:
         """Numbers since the start."""
         processor = getattr(self._manager, "batch_processor", None)
         scheduler = getattr(processor, "scheduler", None)
-        return {
+        found = {
             "bank_adapters": len(self.bank.loaded),
             "bank_bytes": self.bank.nbytes,
             "bank_hits": self._hits,
@@ -344,3 +344,4 @@ class EmbeddedEngine:
             "prefix_tokens": getattr(scheduler, "tokens_shared", 0),
             "preemptions": getattr(scheduler, "preempted", 0),
         }
+        return {name: float(number) for name, number in found.items()}
