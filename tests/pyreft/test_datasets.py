@@ -186,3 +186,43 @@ def test_the_collator_keeps_subspaces_and_drops_ids(tokenizer: Any) -> None:
     batch = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))([data[0], data[1]])
     assert batch["subspaces"].tolist() == [[[0, -1]], [[0, 1]]]
     assert "id" not in batch and torch.equal(batch["intervention_locations"][:, 0], torch.tensor([[0, 1], [0, 2]]))
+
+
+def test_a_subclass_is_told_when_every_row_is_tokenised_and_has_a_dataset() -> None:
+    import datasets
+
+    class Own(pyreft.ReftDataset):
+        told: Any = None
+
+        def postprocess(self, kwargs: Any) -> None:
+            self.told = (len(self.result), kwargs["mine"])
+
+        def tokenize(self, data_item: Any) -> Any:
+            return {"input_ids": torch.tensor([1, 2, data_item["a"]])}, 2
+
+    rows = [{"a": number} for number in range(5)]
+    own = Own("task", None, None, dataset=rows, mine=7, max_n_example=3)
+    assert own.told == (3, 7)
+    assert isinstance(own.task_dataset, datasets.Dataset)
+    assert own.task_dataset.to_list() == datasets.Dataset.from_list(rows).shuffle(seed=42).select(range(3)).to_list()
+
+
+def test_the_hubs_dataset_is_asked_for_by_task_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(*names: Any, split: str) -> Any:
+        asked.append((*names, split))
+        return datasets.Dataset.from_list([{"instruction": "a", "output": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for path in ("main", None):
+        assert len(pyreft.ReftRawDataset("gsm8k", path, tiny_tokenizer(), data_split="test")) == 1
+    assert asked == [("gsm8k", "main", "test"), ("gsm8k", None, "test")]
+
+
+def test_a_prompt_field_may_be_left_out_of_reward_rows() -> None:
+    rows = [{"a": "good day", "b": "good night"}]
+    made = pyreft.ReftRewardDataset("x", None, tiny_tokenizer(), dataset=rows, conv_A_field="a", conv_B_field="b")
+    assert made[0]["intervention_locations"] == [[len("good ") - 1]]

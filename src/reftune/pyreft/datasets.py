@@ -7,13 +7,15 @@ second-to-last token as ``l1`` in the classes that had it (see docs/migrating.md
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
+import datasets
 import torch
 from torch.utils.data import Dataset
 
+from reftune.data.reading import read_rows
 from reftune.errors import ReftuneError
 from reftune.pyreft.encoding import IGNORE_INDEX, encode_pair, labels_of
 from reftune.pyreft.locations import get_intervention_locations
@@ -34,7 +36,8 @@ class ReftDataset(Dataset[Any]):
 
     Args:
         task: a name for the data.
-        data_path: a file or dataset that ``reftune.data`` reads; not needed with ``dataset``.
+        data_path: a file or dataset that ``reftune.data`` reads, or the configuration of the Hub dataset ``task``; not
+            needed with ``dataset``.
         tokenizer: the base model's.
         data_split: ``"train"`` or another split.
         dataset: the rows themselves.
@@ -72,9 +75,10 @@ class ReftDataset(Dataset[Any]):
         self.preprocess(kwargs)
         self.task_dataset = self.load_dataset()
         self.result: list[dict[str, Any]] = []
-        for index, row in enumerate(self.task_dataset):
+        for index, row in enumerate(cast("Iterable[dict[str, Any]]", self.task_dataset)):
             result, prompt_length = self.tokenize(row)
             self.result.append(self.compute_intervention_and_subspaces(index, row, result, prompt_length, **kwargs))
+        self.postprocess(kwargs)
         self.raw_dataset = self.task_dataset if data_split != "train" else None
 
     def preprocess(self, kwargs: Mapping[str, Any]) -> None:
@@ -84,21 +88,36 @@ class ReftDataset(Dataset[Any]):
                 raise ReftuneError(f"{type(self).__name__} needs {name}=: the name of a column.")
             setattr(self, name, kwargs[name])
 
+    def postprocess(self, kwargs: Mapping[str, Any]) -> None:
+        """Called once, when every row has been tokenised."""
+
     def tokenize(self, data_item: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """A row's columns, and the number of its prompt tokens."""
         raise NotImplementedError
 
-    def load_dataset(self) -> list[Any]:
-        """The rows."""
-        if self.dataset is None:
-            if self.data_path is None:
-                raise ReftuneError("Give dataset= (rows) or data_path= (a file).")
-            from reftune.data.reading import read_rows
+    def load_dataset(self) -> datasets.Dataset:
+        """The rows.
 
-            self.dataset = [row.values for row in read_rows(self.data_path, split=self.data_split)]
-        rows = list(self.dataset)
+        Raises:
+            ReftuneError: a file or dataset that cannot be read.
+        """
+        found = self.dataset
+        if found is None and (self.data_path is None or _is_configuration(self.data_path)):
+            try:
+                found = datasets.load_dataset(self.task, self.data_path, split=self.data_split)
+            except Exception as error:  # the Hub's, the network's and the reader's errors share no base class
+                what = self.task if self.data_path is None else f"{self.task} ({self.data_path})"
+                raise ReftuneError(
+                    f"task={self.task!r}: the dataset {what} cannot be loaded ({error}). Give dataset= (rows), or a "
+                    "file as data_path=."
+                ) from None
+        elif found is None:
+            found = [row.values for row in read_rows(self.data_path, split=self.data_split)]
+        rows = (
+            found if isinstance(found, datasets.Dataset) else datasets.Dataset.from_list([dict(row) for row in found])
+        )
         if self.max_n_example is not None and self.max_n_example < len(rows):
-            rows = random.Random(self.seed).sample(rows, self.max_n_example)
+            rows = rows.shuffle(seed=self.seed).select(range(self.max_n_example))
         return rows
 
     def get_intervention_locations(self, **kwargs: Any) -> list[list[int]]:
@@ -127,6 +146,11 @@ class ReftDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return dict(self.result[index])
+
+
+def _is_configuration(data_path: str) -> bool:
+    """Whether ``data_path`` is no file but a configuration's name, as in ``load_dataset("gsm8k", "main")``."""
+    return not Path(data_path).suffix and "/" not in data_path and not Path(data_path).exists()
 
 
 def _supervised(tokenizer: Any, prompt: str, output: str) -> tuple[dict[str, Any], int]:
@@ -204,16 +228,17 @@ class ReftPreferenceDataset(ReftDataset):
 class ReftRewardDataset(ReftDataset):
     """Two conversations, ``conv_A_field`` (preferred unless the rewards say otherwise) and ``conv_B_field``.
 
-    Each is a list of messages in the chat template, or text; ``prompt_field`` names the prompt. With
+    Each is a list of messages in the chat template, or text; ``prompt_field`` may name the prompt. With
     ``conv_A_reward_field`` and ``conv_B_reward_field`` the one with the higher reward is the chosen one. Locations are
     those of the tokens that both have in common, up to where they part.
     """
 
-    needs = ("conv_A_field", "conv_B_field", "prompt_field")
+    needs = ("conv_A_field", "conv_B_field")
 
     def preprocess(self, kwargs: Mapping[str, Any]) -> None:
         """Take the fields' names out of the constructor's arguments."""
         super().preprocess(kwargs)
+        self.prompt_field = kwargs.get("prompt_field")
         self.conv_A_reward_field = kwargs.get("conv_A_reward_field")
         self.conv_B_reward_field = kwargs.get("conv_B_reward_field")
 

@@ -120,6 +120,9 @@ def _base_locations(unit_locations: Any) -> Any:
 
 def _mask(rows: Any, batch: int, length: int) -> Tensor:
     rows = [[rows]] if isinstance(rows, int) else [[row] if isinstance(row, int) else list(row) for row in rows]
+    times = len(rows) // batch
+    if times > 1 and len(rows) == times * batch and all(row == rows[i // times * times] for i, row in enumerate(rows)):
+        rows = rows[::times]  # repeated for beams, as pyreft wants them; the engine spreads a row's over its beams
     if len(rows) not in (1, batch):
         raise ReftuneError(
             f"unit_locations have {len(rows)} rows for a batch of {batch}: give one each, or one for all."
@@ -133,6 +136,18 @@ def _mask(rows: Any, batch: int, length: int) -> Tensor:
             )
         mask[index, wanted] = True
     return mask
+
+
+def rows_by_intervention(subspaces: Any, names: Sequence[str]) -> list[Any]:
+    """Subspaces as a list, one entry an intervention.
+
+    Raises:
+        ReftuneError: another number of them than of interventions.
+    """
+    rows = subspaces.transpose(0, 1).tolist() if isinstance(subspaces, Tensor) else list(subspaces)
+    if len(rows) != len(names):
+        raise ReftuneError(f"subspaces are for {len(rows)} interventions, and the model has {len(names)}.")
+    return rows
 
 
 def subspace_directions(
@@ -157,9 +172,7 @@ def subspace_directions(
     """
     if subspaces is None:
         return {}
-    rows = subspaces.transpose(0, 1).tolist() if isinstance(subspaces, Tensor) else list(subspaces)
-    if len(rows) != len(names):
-        raise ReftuneError(f"subspaces are for {len(rows)} interventions, and the model has {len(names)}.")
+    rows = rows_by_intervention(subspaces, names)
     found: dict[str, Tensor] = {}
     for name, rank, parts, own in zip(names, ranks, partitions, rows, strict=True):
         if own is None:

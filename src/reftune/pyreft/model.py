@@ -18,7 +18,7 @@ from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.positions import Positions, parse_positions
 from reftune.errors import ReftuneError
 from reftune.pyreft.config import ReftConfig
-from reftune.pyreft.locations import location_masks, subspace_directions
+from reftune.pyreft.locations import location_masks, rows_by_intervention, subspace_directions
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +129,14 @@ class ReftModel(nn.Module):
         masks = location_masks(locations, self._names, batch, length)
         if masks:
             arguments["intervention_mask"] = masks
-        ranks = [getattr(edit, "r", 0) for edit in self.interventions.values()]
+        edits: list[Any] = list(self.interventions.values())
+        wanted = [None] * len(edits) if subspaces is None else rows_by_intervention(subspaces, self._names)
+        for index, edit in enumerate(edits):
+            if getattr(edit, "own_forward", None) is not None:  # it makes of its subspaces what it will
+                edit.call, wanted[index] = (batch, wanted[index]), None
+        ranks = [getattr(edit, "r", 0) for edit in edits]
         partitions = [place.subspace_partition for place in self.reft_config.representations]
-        directions = subspace_directions(subspaces, self._names, ranks, partitions, batch)
+        directions = subspace_directions(wanted, self._names, ranks, partitions, batch)
         if directions:
             arguments["intervention_directions"] = directions
         return arguments
