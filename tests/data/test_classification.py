@@ -54,7 +54,7 @@ def test_rows_to_predict_need_no_label() -> None:
         ([{"sentence1": "a", "label": 1}], "hold none of"),
         ([{"sentence": "a", "label": 1}, {"sentense": "b", "label": 1}], "row 2: column 'sentence' is missing.*sentense'"),
         ([{"sentence": "a", "label": None}], "row 1: 'label' is empty"),
-        ([{"sentence": "a", "label": float("nan")}], "row 1: 'label' is nan"),
+        ([{"sentence": "a", "label": float("nan")}], "row 1: 'label' is empty"),
         ([{"sentence": "a", "label": [1]}], "row 1: 'label' is a list"),
         ([{"sentence": ["a"], "label": 1}], "row 1: 'sentence' is a list"),
     ],

@@ -3,7 +3,7 @@ import logging
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from reftune.data import templates
+from reftune import errors
 from reftune.data.formats import Example, Message
 from reftune.data.templates import DEFAULT_TEMPLATE, render_prompt, turn_end
 from reftune.errors import ReftuneError
@@ -40,7 +40,7 @@ def test_history_in_a_raw_template_is_closed_as_completions_are(raw_bos: PreTrai
 def test_without_any_template_the_default_is_used_and_logged_once(
     raw_bos: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "_already_logged", set())
+    monkeypatch.setattr(errors, "_told", set())
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert render_prompt("hi", raw_bos) == DEFAULT_TEMPLATE.replace("{prompt}", "hi")
@@ -52,7 +52,7 @@ def test_without_any_template_the_default_is_used_and_logged_once(
 def test_a_chat_template_without_system_role_gets_it_in_the_user_turn(
     chat_bos: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(templates, "_already_logged", set())
+    monkeypatch.setattr(errors, "_told", set())
     assert render_prompt("hi", chat_bos, system_prompt="S") == "<s>[INST] S\n\nhi [/INST]"
     assert "takes no system message" in caplog.text
 

@@ -13,14 +13,14 @@ from reftune.inference.prompts import read_prompts, to_jsonl
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two \n")
-    assert [row.prompt for row in read_prompts(file)] == ["one", "two"]
+    assert [row.shown for row in read_prompts(file)] == ["one", "two"]
 
 
 def test_a_table_has_prompts_in_a_column_and_keeps_the_others(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("id,question\n7,why?\n8,how?\n")
     rows = read_prompts(file, column="question", limit=1)
-    assert rows[0].prompt == "why?" and rows[0].row["id"] == "7" and len(rows) == 1
+    assert rows[0].shown == "why?" and rows[0].row["id"] == "7" and len(rows) == 1
 
 
 def test_alpaca_rows_and_conversations_are_prompts_too(tmp_path: Path) -> None:
@@ -28,13 +28,13 @@ def test_alpaca_rows_and_conversations_are_prompts_too(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     file.write_text(to_jsonl([{"instruction": "add", "input": "1 2"}, {"messages": turns}]))
     first, second = read_prompts(file)
-    assert first.prompt == "add\n\n1 2"
-    assert second.prompt == [Message("user", "hi")], "the answer is to be written, not read"
+    assert first.messages == (Message("user", "add\n\n1 2"),)
+    assert second.messages == (Message("user", "hi"),), "the answer is to be written, not read"
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
-    [({"text": "hi"}, "no column 'prompt'; the columns are: text"), ({"prompt": " "}, "'prompt' is empty")],
+    [({"other": "hi"}, r"the columns \(other\) are none of: prompt; messages"), ({"prompt": " "}, "'prompt' is empty")],
 )
 def test_a_row_without_a_prompt_is_named(row: dict[str, str], words: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from reftune.cli.common_options import BASE_MODEL, SAMPLED, Folder, SystemPrompt
+from reftune.cli.common_options import BASE_MODEL, SAMPLED, ChatTemplateKwargs, Folder, SystemPrompt
 from reftune.cli.flags import with_flags
 from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.output import terminal
@@ -17,7 +17,12 @@ _HELP = "/base switches the edit off and on, /reset forgets the conversation, /q
 _DEFAULTS = {"max_new_tokens": 512, "repetition_penalty": 1.1}
 
 
-def chat(folder: Folder, system_prompt: SystemPrompt = None, **flags: Any) -> None:
+def chat(
+    folder: Folder,
+    system_prompt: SystemPrompt = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    **flags: Any,
+) -> None:
     """Talk with an adapter. /base switches the edit off and on, /reset forgets, /quit or Ctrl-D ends."""
     settings = read_flags(GenerationSettings, {**_DEFAULTS, **given(flags)})
     import torch
@@ -27,7 +32,8 @@ def chat(folder: Folder, system_prompt: SystemPrompt = None, **flags: Any) -> No
     from reftune.inference.loading import load_edited
 
     console = terminal.console(highlight=False)
-    edited = load_edited(folder, system_prompt=system_prompt, **asdict(read_flags(BaseModel, flags)))
+    spoken_to = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
+    edited = load_edited(folder, **spoken_to, **asdict(read_flags(BaseModel, flags)))
     torch.manual_seed(settings.seed)
     talk = Conversation(edited, settings)
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 come as marks, which are told below

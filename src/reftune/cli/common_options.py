@@ -14,6 +14,14 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the
 SystemPrompt = Annotated[
     str | None, typer.Option(help="System message; default: that of training.", rich_help_panel=WRITING)
 ]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        help="Arguments of the chat template, as in enable_thinking=false; default: those of training.",
+        metavar="NAME=VALUE,...",
+        rich_help_panel=WRITING,
+    ),
+]
 
 BASE_MODEL = typed_fields(BaseModel)
 SAMPLED = typed_fields(GenerationSettings, without=("top_k", "no_repeat_ngram"))

@@ -57,6 +57,9 @@ class EvalOptions:
         "default: trained where DIR says how that was, else paper.",
         "text",
     )  # fmt: skip
+    chat_template_kwargs: str | None = option(
+        None, _BOTH, "Arguments of the chat template, as in enable_thinking=false; default: those of training."
+    )
     greedy: bool = option(False, _TASKS, "Take the likeliest token also where the paper samples.")
     seed: int = option(0, _TASKS, "Seed of the sampling.")
     limit_rows: int | None = option(None, _BOTH, "Only the first so many rows (of each task).", "rows", least=1)
@@ -113,13 +116,17 @@ def _score_rows(
     """Loss and exact match: a table, and what the results file holds."""
     from reftune.data.formats import read_examples
     from reftune.evaluation.heldout import evaluate_rows
-    from reftune.inference.loading import load_edited
+    from reftune.inference.loading import load_edited, recorded_run
 
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens or 128, batch_size=options.batch_size)
     rows = read_examples(
-        test_file, columns=read_columns(options.columns), split=options.split, limit=options.limit_rows
+        test_file,
+        columns=read_columns(options.columns),
+        usual=read_columns(recorded_run(folder).get("columns")),
+        split=options.split,
+        limit=options.limit_rows,
     )
-    edited = load_edited(folder, **asdict(base_model))
+    edited = load_edited(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
     names = ["base", "edited"] if options.base else ["edited"]
     scores = {
         name: evaluate_rows(edited, rows, settings, base=name == "base", generate=options.generate) for name in names
@@ -177,9 +184,9 @@ def _evaluate_tasks(folder: Path, task: str, options: EvalOptions, base_model: B
     if out is not None and out.is_file():
         raise ReftuneError(f"--out {out} is a file; with --task it is a folder")
     if options.base_only:
-        edited = base_alone(str(folder), base_model.dtype, base_model.device)
+        edited = base_alone(str(folder), base_model.dtype, base_model.device, options.chat_template_kwargs)
     else:
-        edited = load_edited(folder, **asdict(base_model))
+        edited = load_edited(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
     template = options.template
     report = evaluate_tasks(
         edited,

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from reftune.cli.common_options import BASE_MODEL, SAMPLED, Folder, SystemPrompt
+from reftune.cli.common_options import BASE_MODEL, SAMPLED, ChatTemplateKwargs, Folder, SystemPrompt
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import WRITING, BaseModel, GenerationSettings
 from reftune.output import terminal
-from reftune.runs.recipe_values import read_flags
+from reftune.runs.recipe_values import read_columns, read_flags
 
 _PROMPTS = "Prompts"
 
@@ -30,8 +30,11 @@ def generate(
         ),
     ] = None,
     column: Annotated[
-        str, typer.Option(help="Column of --prompts-file that holds them.", rich_help_panel=_PROMPTS)
-    ] = "prompt",
+        str | None,
+        typer.Option(
+            help="Column of --prompts-file that holds them; default: as in training.", rich_help_panel=_PROMPTS
+        ),
+    ] = None,
     limit_rows: Annotated[
         int | None, typer.Option(help="Answer only the first so many prompts.", min=1, rich_help_panel=_PROMPTS)
     ] = None,
@@ -43,47 +46,42 @@ def generate(
         typer.Option("--compare-base", help="Answer without the edit too, side by side.", rich_help_panel=WRITING),
     ] = False,
     system_prompt: SystemPrompt = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     **flags: Any,
 ) -> None:
     """Answer prompts with an adapter."""
     settings = read_flags(GenerationSettings, flags)
     from reftune.cli.results import side_by_side, write_out
     from reftune.inference.generation import generate_answers
-    from reftune.inference.loading import load_edited
-    from reftune.inference.prompts import PromptRow, read_prompts, to_jsonl
+    from reftune.inference.loading import load_edited, recorded_run
+    from reftune.inference.prompts import read_prompts, text_prompt, to_jsonl
 
-    rows = [PromptRow(text, {"prompt": text}) for text in prompt or []]
-    if any(not row.prompt.strip() for row in rows):
-        raise ReftuneError("--prompt is empty: write a prompt.")
+    rows = [text_prompt(text, "--prompt") for text in prompt or []]
     if prompts_file is not None:
-        rows += read_prompts(prompts_file, column, limit_rows)
+        rows += read_prompts(prompts_file, column, limit_rows, read_columns(recorded_run(folder).get("columns")))
     if not rows:
         raise ReftuneError("There is nothing to answer: give --prompt TEXT or --prompts-file FILE.")
 
-    edited = load_edited(folder, system_prompt=system_prompt, **asdict(read_flags(BaseModel, flags)))
+    spoken_to = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
+    edited = load_edited(folder, **spoken_to, **asdict(read_flags(BaseModel, flags)))
     prompts = [row.prompt for row in rows]
     answers = generate_answers(edited, prompts, settings)
     console = terminal.console()
     if out is None and not compare_base:  # each as soon as it is there
         for row, answer in zip(rows, answers, strict=True):
             if len(rows) > 1:
-                console.print(f"> {_shown(row.prompt)}", style="bold", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"> {row.shown}", style="bold", markup=False, highlight=False, soft_wrap=True)
             console.print(answer.text, markup=False, highlight=False, soft_wrap=True)
         return
     written = [answer.text for answer in answers]
     plain = [answer.text for answer in generate_answers(edited, prompts, settings, base=True)] if compare_base else None
     if plain is not None:
-        console.print(side_by_side([_shown(p) for p in prompts], plain, written))
+        console.print(side_by_side([row.shown for row in rows], plain, written))
     if out is not None:
         records = [{**row.row, "answer": text} for row, text in zip(rows, written, strict=True)]
         if plain is not None:
             records = [{**record, "base_answer": text} for record, text in zip(records, plain, strict=True)]
         write_out(out, to_jsonl(records), console, f"{len(records)} answers in")
-
-
-def _shown(prompt: object) -> str:
-    """The prompt as text; of a conversation, its last turn."""
-    return prompt if isinstance(prompt, str) else prompt[-1].content  # type: ignore[index]
 
 
 with_flags(generate, SAMPLED + BASE_MODEL)

@@ -96,6 +96,7 @@ def _skeleton(recipe: CompareRecipe) -> tuple[Any, Any]:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
+            models.limit_to_context(tokenizer, model)
             return model, tokenizer
         except Exception:  # loading it whole says better what is wrong, or works
             logger.debug("no skeleton of %s", name, exc_info=True)

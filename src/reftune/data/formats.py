@@ -2,47 +2,44 @@
 
 | shape | fields |
 |---|---|
-| prompt and completion | `prompt`, `completion`, optional `system` (the first two may be lists of messages) |
-| Alpaca | `instruction`, `output`, optional `input`, `system` |
-| messages | `messages`: list of {"role", "content"}, optional `system` |
-| ShareGPT | `conversations`: list of {"from", "value"}, optional `system` |
+| prompt and completion | `prompt`, `completion`, optional `system`, `tools` (the first two may be lists of messages) |
+| messages | `messages`: list of {"role", "content"}, optional `system`, `tools` |
+| ShareGPT | `conversations`: list of {"from", "value"}, optional `system`, `tools` |
+| Alpaca | `instruction`, `output`, optional `input`, `system`, `history` |
 | labelled text | `text`, `label`, optional `text_pair` |
 
-To add a shape: one `Shape` in `SHAPES` and one function from a row to its examples.
+`read_examples` reads a row to learn from it, `read_prompts` to answer it: both by the same function of its shape.
+To add a shape: one `Shape` in `SHAPES` and one function from a row to its turns.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from reftune.data.messages import ROLES, Message, as_text, read_message, read_tools
 from reftune.data.reading import RawRow, Source, read_rows
-from reftune.errors import ReftuneError
+from reftune.errors import ReftuneError, tell_once
 
-ROLES = ("system", "user", "assistant", "tool")
-_ROLE_NAMES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+__all__ = ["ROLES", "Example", "LabelledText", "Message", "Shape", "read_examples", "read_labelled", "read_prompts"]
 
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: `role` is one of `ROLES`."""
-
-    role: str
-    content: str
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Example:
-    """The context (system, history and the user's turn) and the assistant's turn to learn; `where` is for messages."""
+    """The context (system, history and the user's turn) and the assistant's turn to learn; `where` is for messages.
+
+    `tools` are what the row offers to call, `more` what the learnt turn has beside its text (see `Message`).
+    """
 
     messages: tuple[Message, ...]
     completion: str
     where: str = ""
+    tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,19 @@ class LabelledText:
     text_pair: str | None = None
     where: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse a label that is missing."""
+        if self.label is None or self.label != self.label:
+            raise ReftuneError(f"{self.where or 'a labelled text'}: the label is missing ({self.label})")
+
 
 def read_examples(
-    source: Source, *, columns: Mapping[str, str] | None = None, split: str = "train", limit: int | None = None
+    source: Source,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    usual: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """Read `source` as prompts with completions: one example a row, or one for every assistant turn of a conversation.
 
@@ -67,13 +74,52 @@ def read_examples(
         columns: from a field of the table above to the column that holds it, e.g. `{"prompt": "question"}`.
         split: split of a Hub dataset or `DatasetDict`.
         limit: read only the first rows.
+        usual: in place of `columns` where that is not given and every one of these columns is there: training's.
 
     Raises:
         ReftuneError: naming file, row and field.
     """
     rows = read_rows(source, split=split)[:limit]
-    shape, columns = _recognise(rows, columns or {}, SHAPES)
-    return [example for row in rows for example in shape.examples(_Fields(row, columns))]
+    shape, columns = _recognise(rows, columns or _fitting(usual, rows), SHAPES)
+    _tell_unused(rows, shape, columns)
+    examples = [example for row in rows for example in _examples(_Fields(row, columns), shape)]
+    if not examples:
+        raise ReftuneError(
+            f"{rows[0].source}: every assistant's turn is left out of what is learnt, so nothing is left"
+        )
+    return examples
+
+
+def read_prompts(
+    rows: Sequence[RawRow], *, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+) -> list[Example]:
+    """What `read_examples` makes of rows, without their answers: the completion of each is "".
+
+    Of a conversation the whole is the prompt, but for what the assistant says last, which is to be written.
+
+    Args:
+        rows: as `reading.read_rows` gives them; they need no answers.
+        columns: as for `read_examples`.
+        usual: as there, but for columns of answers.
+
+    Raises:
+        ReftuneError: naming file, row and field.
+    """
+    asked = {field: column for field, column in (usual or {}).items() if field not in _ANSWERS}
+    columns = columns or _fitting(asked, rows)
+    return [_prompt(row, columns) for row in rows]
+
+
+def _prompt(row: RawRow, columns: Mapping[str, str]) -> Example:
+    shape, columns = _recognise([row], columns, SHAPES, answered=False)
+    _tell_unused([row], shape, columns)
+    fields = _Fields(row, columns)
+    turns = shape.turns(fields, False)
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not any(turn.role == "user" for turn in turns):
+        raise ReftuneError(f"{row.where}: {fields.name(shape.asks)} has no user turn, so nothing to answer")
+    return Example(tuple(turns), "", row.where, fields.tools())
 
 
 def read_labelled(
@@ -112,84 +158,136 @@ class _Fields:
     def optional_text(self, field: str) -> str:
         if self.columns.get(field, field) not in self.row.values:
             return "" if field in _OPTIONAL else self.value(field)
-        return _as_text(self.value(field), f"{self.row.where}: {self.name(field)}")
+        return as_text(self.value(field), f"{self.row.where}: {self.name(field)}")
+
+    def listed(self, field: str) -> bool:
+        """Whether a field holds a list, of messages for instance."""
+        return isinstance(self.row.values.get(self.columns.get(field, field)), list)
 
     def messages(self, field: str) -> list[Message]:
         value = self.value(field)
         if not isinstance(value, list) or not value:
             kind = "an empty list" if value == [] else f"a {type(value).__name__}"
             raise ReftuneError(f"{self.row.where}: {self.name(field)} is {kind}; give a list of messages")
-        return [_message(item, f"{self.row.where}: {self.name(field)}[{i}]") for i, item in enumerate(value)]
+        return [read_message(item, f"{self.row.where}: {self.name(field)}[{i}]") for i, item in enumerate(value)]
 
     def system(self) -> list[Message]:
         text = self.optional_text("system")
         return [Message("system", text)] if text.strip() else []
 
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        for field, wrapped in (("tools", True), ("functions", False)):
+            value = self.row.values.get(self.columns.get(field, field))
+            if found := read_tools(value, f"{self.row.where}: {self.name(field)}", wrapped):
+                return found
+        return ()
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A recognised set of fields and the function that reads a row of it."""
+    """A recognised set of fields and the function that reads a row of it.
+
+    Attributes:
+        name: for people.
+        asks: the field that holds the prompt.
+        answers: the field that holds the answer; None where it stands in the same field.
+        optional: further fields.
+        turns: a row's turns, the learnt ones among them; without those of `answers` where its second argument is False.
+    """
 
     name: str
-    required: tuple[str, ...]
+    asks: str
+    answers: str | None
     optional: tuple[str, ...]
-    examples: Callable[[_Fields], Iterator[Example]]
+    turns: Callable[["_Fields", bool], list[Message]]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The fields that every row to learn from has."""
+        return (self.asks,) if self.answers is None else (self.asks, self.answers)
 
 
-def _prompt_completion(fields: _Fields) -> Iterator[Example]:
-    where = fields.row.where
-    if isinstance(fields.value("prompt"), list):
-        context = [*fields.system(), *fields.messages("prompt")]
-    else:
-        context = [*fields.system(), Message("user", fields.text("prompt"))]
-    if isinstance(fields.value("completion"), list):
-        learned = fields.messages("completion")
-        if len(learned) != 1 or learned[0].role != "assistant" or not learned[0].content.strip():
-            raise ReftuneError(f"{where}: {fields.name('completion')}: give one assistant message with content")
-        yield Example(tuple(context), learned[0].content, where)
-    else:
-        yield Example(tuple(context), fields.text("completion"), where)
-
-
-def _alpaca(fields: _Fields) -> Iterator[Example]:
-    instruction, more = fields.text("instruction"), fields.optional_text("input")
-    prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
-    yield Example((*fields.system(), Message("user", prompt)), fields.text("output"), fields.row.where)
-
-
-def _messages(fields: _Fields) -> Iterator[Example]:
-    yield from _turns(fields, "messages")
-
-
-def _conversations(fields: _Fields) -> Iterator[Example]:
-    yield from _turns(fields, "conversations")
-
-
-def _turns(fields: _Fields, field: str) -> Iterator[Example]:
-    """One example for every assistant turn that has a user turn somewhere before it."""
-    where, turns = fields.row.where, fields.messages(field)
-    system = [] if turns[0].role == "system" else fields.system()
+def _examples(fields: _Fields, shape: Shape) -> Iterator[Example]:
+    """One example for every assistant turn to learn that has a user turn somewhere before it."""
+    where, tools, turns = fields.row.where, fields.tools(), shape.turns(fields, True)
     found = False
     for index, turn in enumerate(turns):
-        if turn.role != "assistant":
+        if turn.role != "assistant" or not any(earlier.role == "user" for earlier in turns[:index]):
             continue
-        if not turn.content.strip():
-            raise ReftuneError(
-                f"{where}: {fields.name(field)}[{index}]: the assistant's turn (the completion) is empty"
-            )
-        if any(earlier.role == "user" for earlier in turns[:index]):
-            found = True
-            yield Example((*system, *turns[:index]), turn.content, where)
+        found = True
+        if turn.learnt:
+            yield Example(tuple(turns[:index]), turn.content, where, tools, turn.more)
     if not found:
         raise ReftuneError(
-            f"{where}: {fields.name(field)} has no assistant turn after a user turn, so nothing to learn"
+            f"{where}: {fields.name(shape.asks)} has no assistant turn after a user turn, so nothing to learn"
         )
 
 
-def _text_label(fields: _Fields) -> Iterator[Example]:
-    row = _labelled(fields)
-    prompt = row.text if row.text_pair is None else f"{row.text}\n\n{row.text_pair}"
-    yield Example((Message("user", prompt),), str(row.label), row.where)
+def _prompt_completion(fields: _Fields, answered: bool) -> list[Message]:
+    if fields.listed("prompt"):
+        turns = [*fields.system(), *_as_context(fields.messages("prompt"))]
+    else:
+        turns = [*fields.system(), Message("user", fields.text("prompt"))]
+    if not answered:
+        return turns
+    if not fields.listed("completion"):
+        return [*turns, Message("assistant", fields.text("completion"))]
+    learned = fields.messages("completion")
+    if len(learned) != 1 or learned[0].role != "assistant" or learned[0].empty:
+        where = f"{fields.row.where}: {fields.name('completion')}"
+        raise ReftuneError(f"{where}: give one assistant message with content")
+    return [*turns, *learned]
+
+
+def _alpaca(fields: _Fields, answered: bool) -> list[Message]:
+    instruction, more = fields.text("instruction"), fields.optional_text("input")
+    prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
+    turns = [*fields.system(), *_history(fields), Message("user", prompt)]
+    return [*turns, Message("assistant", fields.text("output"))] if answered else turns
+
+
+def _history(fields: _Fields) -> list[Message]:
+    """Earlier questions with their answers, as pairs of texts or as messages: context, and nothing to learn."""
+    where = f"{fields.row.where}: {fields.name('history')}"
+    value = fields.row.values.get(fields.columns.get("history", "history"))
+    if value in (None, "", []):
+        return []
+    if not isinstance(value, list):
+        raise ReftuneError(f"{where} is a {type(value).__name__}; give a list of [question, answer]")
+    turns = []
+    for index, item in enumerate(value):
+        if isinstance(item, Mapping):
+            turns.append(read_message(item, f"{where}[{index}]"))
+            continue
+        if not isinstance(item, list) or len(item) != 2:
+            raise ReftuneError(f"{where}[{index}] is {item!r:.60}; give [question, answer]")
+        question, answer = (as_text(text, f"{where}[{index}][{side}]") for side, text in enumerate(item))
+        turns += [Message("user", question), Message("assistant", answer)]
+    return _as_context(turns)
+
+
+def _conversation(field: str) -> Callable[[_Fields, bool], list[Message]]:
+    def turns(fields: _Fields, answered: bool) -> list[Message]:
+        found = fields.messages(field)
+        for index, turn in enumerate(found):
+            if turn.role == "assistant" and turn.empty:
+                where = f"{fields.row.where}: {fields.name(field)}[{index}]"
+                if not answered and index == len(found) - 1:
+                    break  # it is to be written
+                raise ReftuneError(f"{where}: the assistant's turn (the completion) is empty")
+        return found if found[0].role == "system" else [*fields.system(), *found]
+
+    return turns
+
+
+def _as_context(turns: Sequence[Message]) -> list[Message]:
+    return [replace(turn, learnt=False) for turn in turns]
+
+
+def _text_label(fields: _Fields, answered: bool) -> list[Message]:
+    text, pair = fields.text("text"), fields.optional_text("text_pair")
+    prompt = Message("user", f"{text}\n\n{pair}" if pair else text)
+    return [prompt, Message("assistant", str(_labelled(fields).label))] if answered else [prompt]
 
 
 def _labelled(fields: _Fields) -> LabelledText:
@@ -204,20 +302,44 @@ def _labelled(fields: _Fields) -> LabelledText:
     return LabelledText(fields.text("text"), label, fields.optional_text("text_pair") or None, fields.row.where)
 
 
-_LABELLED = Shape("labelled text", ("text", "label"), ("text_pair",), _text_label)
+_LABELLED = Shape("labelled text", "text", "label", ("text_pair",), _text_label)
 SHAPES = [  # in the order of preference where a file fits several
-    Shape("prompt and completion", ("prompt", "completion"), ("system",), _prompt_completion),
-    Shape("messages", ("messages",), ("system",), _messages),
-    Shape("ShareGPT", ("conversations",), ("system",), _conversations),
-    Shape("Alpaca", ("instruction", "output"), ("input", "system"), _alpaca),
+    Shape("prompt and completion", "prompt", "completion", ("system", "tools", "functions"), _prompt_completion),
+    Shape("messages", "messages", None, ("system", "tools", "functions"), _conversation("messages")),
+    Shape("ShareGPT", "conversations", None, ("system", "tools", "functions"), _conversation("conversations")),
+    Shape("Alpaca", "instruction", "output", ("input", "system", "history", "tools", "functions"), _alpaca),
     _LABELLED,
 ]
+_ANSWERS = {shape.answers for shape in SHAPES}
 _OPTIONAL = {field for shape in SHAPES for field in shape.optional}
+_MEANT_AS_TEXT = {"context", "documents", "images", "image", "audio", "audios", "videos", "chat_template_kwargs"}
+_MEANT_AS_TEXT |= {"reasoning", "reasoning_content", "thinking", "history", "input", "system", "tools", "functions"}
+_MEANT_AS_TEXT |= {field for shape in SHAPES[:-1] for field in shape.required}
+"""Columns that would change what the model reads or learns if they were used."""
 
 
-def _recognise(rows: list[RawRow], columns: Mapping[str, str], shapes: list[Shape]) -> tuple[Shape, Mapping[str, str]]:
+def _fitting(usual: Mapping[str, str] | None, rows: Sequence[RawRow]) -> Mapping[str, str]:
+    fits = usual and all(any(column in row.values for row in rows) for column in usual.values())
+    return usual if usual and fits else {}
+
+
+def _tell_unused(rows: Sequence[RawRow], shape: Shape, columns: Mapping[str, str]) -> None:
+    used = {columns.get(field, field) for field in (*shape.required, *shape.optional)}
+    unused = _MEANT_AS_TEXT - used
+    found = sorted({key for row in rows for key in unused & row.values.keys() if row.values[key] not in (None, "", [])})
+    if found:
+        tell_once(
+            logger,
+            f"{rows[0].source}: rows are read as {shape.name} ({', '.join(shape.required)}), so {', '.join(found)} "
+            f"{'are' if len(found) > 1 else 'is'} not used",
+        )
+
+
+def _recognise(
+    rows: Sequence[RawRow], columns: Mapping[str, str], shapes: list[Shape], answered: bool = True
+) -> tuple[Shape, Mapping[str, str]]:
     """Return the first shape whose required fields the first row has, and which uses every mapped field."""
-    source = rows[0].source if rows else "the file"
+    source = rows[0].source if answered else rows[0].where
     known = sorted({field for shape in shapes for field in (*shape.required, *shape.optional)})
     for field, column in columns.items():
         if field not in known:
@@ -230,41 +352,18 @@ def _recognise(rows: list[RawRow], columns: Mapping[str, str], shapes: list[Shap
                 f"{source}: unknown column {column!r} for the field {field!r}; the columns are: "
                 f"{', '.join(present)}{meant}"
             )
-    present = set(map(str, rows[0].values)) - set(columns.values()) | set(columns)
-    for shape in shapes:
-        if present.issuperset(shape.required) and set(columns) <= {*shape.required, *shape.optional}:
-            return shape, columns
-    wanted = "; ".join(" + ".join(shape.required) for shape in shapes)
+    whole = [shape for shape in shapes if set(columns) <= {*shape.required, *shape.optional}]
+    filled = {name for name, value in rows[0].values.items() if value is not None}
+    for having in (filled, set(rows[0].values)):  # a file of several shapes leaves the others' columns empty
+        present = having - set(columns.values()) | {field for field, column in columns.items() if column in having}
+        for shape in whole:
+            if present.issuperset(shape.required):
+                return shape, columns
+        for shape in () if answered else whole:
+            if shape.asks in present:
+                return shape, columns
+    wanted = "; ".join(" + ".join(shape.required) if answered else shape.asks for shape in shapes)
     raise ReftuneError(
         f"{source}: the columns ({', '.join(map(str, rows[0].values))}) are none of: {wanted}. "
         "Rename them, or map them, e.g. columns={'prompt': 'question', 'completion': 'answer'}"
     )
-
-
-def _as_text(value: Any, where: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise ReftuneError(f"{where} is a {type(value).__name__}; give text")
-
-
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise ReftuneError(f"{where} is a {type(item).__name__}; give an object with 'role' and 'content'")
-    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
-    for key in (role_key, content_key):
-        if key not in item:
-            raise ReftuneError(f"{where} has no {key!r}; it has: {', '.join(map(str, item))}")
-    role = _ROLE_NAMES.get(str(item[role_key]).lower())
-    if role is None:
-        raise ReftuneError(f"{where}: {role_key}={item[role_key]!r} is not a role; use one of {', '.join(ROLES)}")
-    content = item[content_key]
-    if isinstance(content, list):  # OpenAI's content parts
-        for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                raise ReftuneError(f"{where}.{content_key} has a part that is not text; only text is trained on")
-        content = "".join(part["text"] for part in content)
-    return Message(role, _as_text(content, f"{where}.{content_key}"))

@@ -1,7 +1,7 @@
 """Read CSV, TSV, JSON, JSONL, Parquet, a saved or Hub dataset, or rows in memory into numbered raw rows.
 
-Row numbers are those a reader of the file sees: in CSV and TSV the header is row 1, as in a spreadsheet; in JSONL the
-row is the line; in JSON, Parquet and datasets the first row is 1.
+Values are as `values.plain` has them. Row numbers are those a reader of the file sees: in CSV and TSV the header is
+row 1, as in a spreadsheet; in JSONL the row is the line; in JSON, Parquet and datasets the first row is 1.
 """
 
 import csv
@@ -12,14 +12,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from reftune.data.values import check_text, parse_json, plain
 from reftune.errors import ReftuneError
 
 Source = Any
-"""A path, a Hub name ("owner/name" or "owner/name:config"), a `datasets.Dataset`, or an iterable of mappings."""
+"""A path, a Hub name ("owner/name" or "owner/name:config"), a `datasets.Dataset`, a DataFrame or other table, lists by
+column, or an iterable of mappings."""
 
 _LIST_KEYS = ("data", "rows", "examples", "train")
+_ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -42,7 +45,7 @@ def read_rows(source: Source, *, split: str = "train") -> list[RawRow]:
 
     Args:
         source: a file (.csv, .tsv, .json, .jsonl, .ndjson, .parquet), a folder written by `Dataset.save_to_disk`, a Hub
-            dataset name, a `datasets.Dataset` or `DatasetDict`, or an iterable of mappings.
+            dataset name, a `datasets.Dataset` or `DatasetDict`, a DataFrame, lists by column, or mappings.
         split: the split to take where the source has several.
 
     Raises:
@@ -84,7 +87,12 @@ def _near(path: Path) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else f"; the folder {path.parent.resolve()} was searched"
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        ReftuneError: it cannot be read, or is not UTF-8; the message names the line.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -99,24 +107,46 @@ def _text(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> Iterator[RawRow]:
-    yield from _read_delimited(path, ",")
+    yield from _delimited_rows(path, ",", _records(path, read_text(path), ","))
 
 
 def _read_tsv(path: Path) -> Iterator[RawRow]:
-    yield from _read_delimited(path, "\t")
+    text = read_text(path)
+    quoting = csv.QUOTE_MINIMAL if _quotes_enclose(path, text) else csv.QUOTE_NONE
+    yield from _delimited_rows(path, "\t", _records(path, text, "\t", quoting))
 
 
-def _read_delimited(path: Path, delimiter: str) -> Iterator[RawRow]:
+def _quotes_enclose(path: Path, text: str) -> bool:
+    """Whether quotes in a TSV file stand around fields, as spreadsheets write them, or are text, as in GLUE's files."""
+    lines = [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip()]
+    marked = [field for line in lines for field in line if '"' in field]
+    if not marked:
+        return False
+    if all(_ENCLOSED.fullmatch(field) for field in lines[0]):
+        return True  # a writer that encloses every text
+    if all(len(line) == len(lines[0]) for line in lines):
+        return all(_ENCLOSED.fullmatch(field) and '""' in field[1:-1] for field in marked)
+    try:  # tabs and line feeds are inside fields only where quotes enclose those
+        return len({len(record) for record in _records(path, text, "\t") if record}) == 1
+    except ReftuneError:
+        return False
+
+
+def _records(path: Path, text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[list[str]]:
     # The default limit of 131,072 characters a field is process-wide, so it is raised only while this file is parsed.
     limit = csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
     # Lines are cut at line feeds alone: str.splitlines would also cut at form feeds and U+2028 inside a quoted field.
-    reader = csv.reader(re.findall(r"[^\n]*\n|[^\n]+\Z", _text(path)), delimiter=delimiter, strict=True)
+    lines = re.findall(r"[^\n]*\n|[^\n]+\Z", text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, quoting=cast("Any", quoting))
     try:
-        records = list(reader)
+        return list(reader)
     except csv.Error as error:
         raise ReftuneError(f"{path}, line {reader.line_num}: {error}; check the quotes around that field") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _delimited_rows(path: Path, delimiter: str, records: list[list[str]]) -> Iterator[RawRow]:
     header = [column.strip() for column in records[0]] if records else []
     if not any(header):
         raise ReftuneError(f"{path}, row 1 is blank: the first row names the columns, e.g. prompt{delimiter}completion")
@@ -140,9 +170,9 @@ def _read_delimited(path: Path, delimiter: str) -> Iterator[RawRow]:
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
-    text = _text(path)
+    text = read_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text, str(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_jsonl(path)  # JSON Lines under the name .json is common
@@ -152,7 +182,7 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         ) from error
     if isinstance(value, dict):
         lists = [key for key in _LIST_KEYS if isinstance(value.get(key), list)]
-        value = value[lists[0]] if lists else [value]
+        value = value[lists[0]] if lists else _columns(value, str(path)) or [value]
     if not isinstance(value, list):
         raise ReftuneError(f"{path} holds a JSON {type(value).__name__}; give a list of objects")
     for number, item in enumerate(value, start=1):
@@ -160,11 +190,11 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line, f"{path}, row {number}")
         except json.JSONDecodeError as error:
             raise ReftuneError(f"{path}: not valid JSON at line {number}, column {error.colno}: {error.msg}") from error
         yield RawRow(str(path), number, _mapping(item, f"{path}, row {number}"))
@@ -175,10 +205,31 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ReftuneError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    yield from (RawRow(str(path), number, row) for number, row in enumerate(rows, start=1))
+    names = table.column_names
+    columns = [_arrow_values(column, str(path), name) for name, column in zip(names, table.columns, strict=True)]
+    for number, values in enumerate(zip(*columns, strict=True), start=1):
+        where = f"{path}, row {number}"
+        yield RawRow(str(path), number, _mapping(dict(zip(names, values, strict=True)), where))
+
+
+def _arrow_values(column: Any, source: str, name: str) -> list[Any]:
+    """A column's values; Arrow holds times that Python has no words for, and text that was never checked."""
+    try:
+        return column.to_pylist()
+    except Exception:  # Arrow's, Python's and pandas' errors, which share no class
+        for number, value in enumerate(column, start=1):
+            try:
+                value.as_py()
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ReftuneError(
+                    f"{source}, row {number}: {name!r} ({column.type}) holds a value that Python cannot take: "
+                    f"{reason}; correct it or leave the column out"
+                ) from error
+        raise
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
@@ -221,15 +272,61 @@ def _read_memory(source: Any, name: str, split: str) -> list[RawRow]:
         if split not in source:
             raise ReftuneError(f"split={split!r}: {name} has the splits {', '.join(map(str, source))}")
         source = source[split]
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+    source = _table(source, name)
+    if isinstance(source, Mapping) or not isinstance(source, Iterable) or isinstance(source, (str, bytes)):
         raise ReftuneError(
-            f"cannot read rows from a {type(source).__name__}: give a path, a Dataset or a list of dicts"
+            f"cannot read rows from a {type(source).__name__}: give a path, a Dataset, a DataFrame, a list of dicts, "
+            "or a dict with a list for each column"
         )
     numbered = enumerate(source, start=1)
     return [RawRow(name, number, _mapping(item, f"{name}, row {number}")) for number, item in numbered]
 
 
+def _table(source: Any, name: str) -> Any:
+    """The rows of a DataFrame (pandas, polars), an Arrow table or lists by column; anything else as it is."""
+    if isinstance(source, Mapping):
+        return _columns(source, name) or source
+    if hasattr(source, "to_dicts"):
+        return source.to_dicts()
+    if hasattr(source, "to_pylist"):
+        return source.to_pylist()
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        if not source.columns.is_unique:
+            twice = source.columns[source.columns.duplicated()][0]
+            raise ReftuneError(f"{name}: the DataFrame has the column {twice!r} twice: rename one of the two")
+        return source.to_dict("records")
+    return source
+
+
+def _columns(values: Mapping[str, Any], name: str) -> list[dict[str, Any]] | None:
+    """The rows of lists by column; None for a mapping that is something else, one row for instance.
+
+    Raises:
+        ReftuneError: the lists are of different lengths.
+    """
+    lists = [plain(value, f"{name}: {key!r}") if _is_list(value) else None for key, value in values.items()]
+    if not lists or any(column is None or _is_conversation(column) for column in lists):
+        return None
+    lengths = {key: len(column) for key, column in zip(values, lists, strict=True) if column is not None}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{key!r} has {length}" for key, length in lengths.items())
+        raise ReftuneError(f"{name}: the columns are of different lengths: {shown}")
+    return [dict(zip(values, row, strict=True)) for row in zip(*lists, strict=True)]  # type: ignore[arg-type]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and getattr(value, "shape", ()) != ())
+
+
+def _is_conversation(column: list[Any]) -> bool:
+    """Whether this is one row's list of turns and not a column of texts."""
+    return any(isinstance(item, Mapping) for item in column)
+
+
 def _mapping(item: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(item, Mapping):
         raise ReftuneError(f"{where} is a {type(item).__name__}; every row is an object with named fields")
-    return item
+    try:
+        return {check_text(str(key), f"{where}: a name"): plain(item[key], f"{where}: {key!r}") for key in item}
+    except RecursionError:
+        raise ReftuneError(f"{where}: lists or objects are nested too deeply; flatten them") from None

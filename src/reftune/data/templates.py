@@ -2,22 +2,22 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from reftune.data.chat_templates import ChatTemplate
 from reftune.data.formats import Example, Message
-from reftune.errors import ReftuneError
+from reftune.errors import ReftuneError, tell_once
 
 DEFAULT_TEMPLATE = "User: {prompt}\nAssistant:\n"
 """Used where the tokenizer has no chat template and none is given."""
 
 _PLACEHOLDER = re.compile(r"%s|\{prompt\}|\{system\}")
-_SENTINEL = "reftunecompletion"
 
 logger = logging.getLogger(__name__)
-_already_logged: set[str] = set()
 
 
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
@@ -29,7 +29,7 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -
     if template is None:
         if tokenizer.chat_template:
             return None
-        _log_once(f"The tokenizer has no chat template and none was given: prompts become {DEFAULT_TEMPLATE!r}")
+        tell_once(logger, f"The tokenizer has no chat template and none was given: prompts become {DEFAULT_TEMPLATE!r}")
         return DEFAULT_TEMPLATE
     slots = [slot for slot in _PLACEHOLDER.findall(template) if slot != "{system}"]
     if len(slots) != 1:
@@ -42,6 +42,7 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
     template: str | None = None,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     r"""Return the text that the model reads before its completion, ready for the first token of the answer.
 
@@ -52,26 +53,30 @@ def render_prompt(
             system text is put in front, followed by a blank line. History is written with the same template, each
             answer closed as completions are (`turn_end`).
         system_prompt: used where the example has no system message of its own.
+        chat_template_kwargs: arguments of the chat template, `{"enable_thinking": False}` for instance.
 
     Raises:
         ReftuneError: the template has no place for the prompt, or the chat template refuses these messages.
     """
-    messages = _messages_of(example, system_prompt)
-    raw = resolve_template(tokenizer, template)
+    asked, raw = _example(example, system_prompt), resolve_template(tokenizer, template)
     if raw is None:
-        return _chat(messages, tokenizer, example)
-    system = "\n\n".join(message.content for message in messages if message.role == "system")
-    text = f"{system}\n\n" if system and "{system}" not in raw else ""
-    closing, first = turn_end(tokenizer, template), True
-    for message in messages:
-        if message.role == "user":
-            text += _fill(raw, message.content, system if first else "")
-            first = False
-        elif message.role == "assistant":
-            text += message.content + closing + "\n"
-        elif message.role == "tool":
-            text += message.content + "\n"
-    return text
+        return ChatTemplate(tokenizer, chat_template_kwargs or {}).prompt(asked)
+    return _raw_prompt(asked, raw, str(tokenizer.eos_token or ""))
+
+
+def render_turn(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[str, str]:
+    """Return `render_prompt`'s text, and the completion as the model has to write it, with the end of its turn."""
+    asked, raw = _example(example, system_prompt), resolve_template(tokenizer, template)
+    if raw is None:
+        return ChatTemplate(tokenizer, chat_template_kwargs or {}).turn(asked)
+    eos = str(tokenizer.eos_token or "")
+    return _raw_prompt(asked, raw, eos), example.completion + eos
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str:
@@ -79,53 +84,55 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None = None) ->
 
     With a raw template, or a chat template that marks no end, it is the eos token (empty where there is none).
     """
-    eos = str(tokenizer.eos_token or "")
     if resolve_template(tokenizer, template) is not None:
-        return eos
-    messages = [Message("user", "hello"), Message("assistant", _SENTINEL)]
-    tail = _apply(messages, tokenizer, add_generation_prompt=False).rpartition(_SENTINEL)[2].lstrip()
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = [tail.find(token) + len(token) for token in special if token and token in tail]
-    return tail[: min(ends)] if ends else eos
+        return str(tokenizer.eos_token or "")
+    return ChatTemplate(tokenizer).end()
 
 
-def _messages_of(example: Example | Sequence[Message] | str, system_prompt: str | None) -> list[Message]:
+def turn_opening(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Return what the chat template puts between prompt and answer, an empty `<think></think>` for instance."""
+    if resolve_template(tokenizer, template) is not None:
+        return ""
+    return ChatTemplate(tokenizer, chat_template_kwargs or {}).opening()
+
+
+def _example(example: Example | Sequence[Message] | str, system_prompt: str | None) -> Example:
     if isinstance(example, str):
-        messages = [Message("user", example)]
-    else:
-        messages = list(example.messages if isinstance(example, Example) else example)
-    if system_prompt and not any(message.role == "system" for message in messages):
-        messages.insert(0, Message("system", system_prompt))
-    return messages
+        example = Example((Message("user", example),), "")
+    elif not isinstance(example, Example):
+        example = Example(tuple(example), "")
+    if system_prompt and not any(message.role == "system" for message in example.messages):
+        example = replace(example, messages=(Message("system", system_prompt), *example.messages))
+    return example
+
+
+def _raw_prompt(example: Example, raw: str, eos: str) -> str:
+    for more in (example.more, *(message.more for message in example.messages), {"tools": example.tools}):
+        for key in ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking"):
+            if more.get(key):
+                where = f"{example.where}: " if example.where else ""
+                raise ReftuneError(
+                    f"{where}a template of text cannot write {key!r}: use a chat template, or leave it out"
+                )
+    messages = example.messages
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    text = f"{system}\n\n" if system and "{system}" not in raw else ""
+    first = True
+    for message in messages:
+        if message.role == "user":
+            text += _fill(raw, message.content, system if first else "")
+            first = False
+        elif message.role == "assistant":
+            text += message.content + eos + "\n"
+        elif message.role == "tool":
+            text += message.content + "\n"
+    return text
 
 
 def _fill(template: str, prompt: str, system: str) -> str:
     # One pass, so that braces or %s inside the prompt stay as they are.
     return _PLACEHOLDER.sub(lambda found: system if found.group() == "{system}" else prompt, template)
-
-
-def _chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, example: Any) -> str:
-    try:
-        return _apply(messages, tokenizer)
-    except Exception as error:  # jinja2's errors, and whatever the template raises through them
-        where = f"{example.where}: " if isinstance(example, Example) and example.where else ""
-        if messages[0].role != "system" or len(messages) < 2 or messages[1].role != "user":
-            raise ReftuneError(f"{where}the model's chat template refuses these messages: {error}") from error
-        merged = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
-        try:
-            text = _apply([merged, *messages[2:]], tokenizer)
-        except Exception as second:
-            raise ReftuneError(f"{where}the model's chat template refuses these messages: {second}") from second
-        _log_once("The chat template takes no system message: it is put in front of the first user message")
-        return text
-
-
-def _apply(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = True) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
-
-
-def _log_once(line: str) -> None:
-    if line not in _already_logged:
-        _already_logged.add(line)
-        logger.warning(line)

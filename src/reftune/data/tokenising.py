@@ -2,15 +2,17 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypedDict, cast
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from reftune.data.formats import Example, LabelledText
-from reftune.data.templates import render_prompt, resolve_template, turn_end
+from reftune.data.templates import render_prompt, render_turn, resolve_template, turn_end, turn_opening
+from reftune.data.values import check_text
 from reftune.errors import ReftuneError
 from reftune.output import terminal
 
@@ -40,6 +42,7 @@ class Encoding:
         system_prompt: for examples without a system message.
         max_length: most tokens of a row, at least 2; None takes the tokenizer's limit, if it states one.
         on_long_prompt: "truncate" drops the beginning of a prompt that does not fit, "error" names its row.
+        chat_template_kwargs: arguments of the chat template (`enable_thinking`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,9 +50,12 @@ class Encoding:
     system_prompt: str | None = None
     max_length: int | None = None
     on_long_prompt: str = "truncate"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a limit or policy that cannot be."""
+        """Refuse a limit or policy that cannot be, and arguments of a chat template that is not used."""
+        if self.chat_template_kwargs and resolve_template(self.tokenizer, self.template) is not None:
+            raise ReftuneError(f"chat_template_kwargs={dict(self.chat_template_kwargs)}: no chat template is used here")
         if self.max_length is not None and self.max_length < 2:
             raise ReftuneError(f"max_length={self.max_length}: a row needs a prompt token and a label, so at least 2")
         if self.on_long_prompt not in ("truncate", "error"):
@@ -65,12 +71,57 @@ class Encoding:
 
     def prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
         """Token ids of prompts (examples, messages or plain text) as the model reads them, BOS at most once."""
-        rendered = [render_prompt(prompt, self.tokenizer, self.template, self.system_prompt) for prompt in prompts]
-        ids = self._ids(rendered)
+        return self._prompt_ids([self.render(prompt) for prompt in prompts], prompts)
+
+    def render(self, prompt: Any) -> str:
+        """A prompt as text (see `templates.render_prompt`)."""
+        return render_prompt(prompt, self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+
+    def turn_ids(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each example's prompt, and of its completion as the model has to write it."""
+        turns = [
+            render_turn(example, self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+            for example in examples
+        ]
+        prompts = self._prompt_ids([prompt for prompt, _ in turns], examples)
+        for (_, completion), example in zip(turns, examples, strict=True):
+            check_text(completion, f"{_where(example)}the completion")
+        return list(zip(prompts, self._ids([completion for _, completion in turns], bos=False), strict=True))
+
+    def _prompt_ids(self, rendered: Sequence[str], prompts: Sequence[Any]) -> list[list[int]]:
+        for prompt, text in zip(prompts, rendered, strict=True):
+            check_text(text, f"{_where(prompt)}the prompt")
+        ids = self._ids(list(rendered))
         for prompt, row in zip(prompts, ids, strict=True):
             if not row:
                 raise ReftuneError(f"{_where(prompt)}the prompt has no tokens; ReFT needs at least one to edit")
         return ids
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """What a model wrote, without special tokens and without what the template puts before an answer."""
+        return self.without_opening(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip())
+
+    def without_opening(self, text: str) -> str:
+        """A decoded answer without what the template puts before it, an empty `<think></think>` for instance."""
+        return text.removeprefix(self.shown_opening).lstrip() if self.shown_opening else text
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of answers as they stand behind a prompt, without the end of the turn."""
+        return self._ids([self._opening + answer for answer in answers], bos=False) if answers else []
+
+    @cached_property
+    def _opening(self) -> str:
+        return turn_opening(self.tokenizer, self.template, self.chat_template_kwargs)
+
+    @cached_property
+    def opening_ids(self) -> list[int]:
+        """Token ids of what the template puts between prompt and answer; empty for most."""
+        return self._ids([self._opening], bos=False)[0] if self._opening else []
+
+    @cached_property
+    def shown_opening(self) -> str:
+        """The same as people would see it, without special tokens."""
+        return str(self.tokenizer.decode(self.opening_ids, skip_special_tokens=True)).strip()
 
     def _ids(self, texts: list[str], *, bos: bool = True) -> list[list[int]]:
         ids = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False).input_ids)
@@ -86,10 +137,40 @@ class Encoding:
         start = cast("int | None", self.tokenizer.bos_token_id)
         return start if start is not None and self.tokenizer("a").input_ids[:1] == [start] else None
 
-    def completion_ids(self, completions: Sequence[str]) -> list[list[int]]:
-        """Token ids of completions, each closed as the model closes its turn."""
-        closing = self._ids([turn_end(self.tokenizer, self.template)], bos=False)[0]
-        return [[*row, *closing] for row in self._ids(list(completions), bos=False)]
+    def end_ids(self) -> list[int]:
+        """Token ids that end the model's turn."""
+        return self._ids([turn_end(self.tokenizer, self.template)], bos=False)[0]
+
+    def dataset(
+        self,
+        rows: Sequence[Example] | Sequence[LabelledText],
+        *,
+        label_names: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> datasets.Dataset:
+        """Rows as `encode_dataset` gives them; arguments and errors as there."""
+        if not rows:
+            raise ReftuneError("there are no rows to tokenise: give at least one example")
+        cut: Counter[str] = Counter()
+        if isinstance(rows[0], LabelledText):
+            labelled = cast("Sequence[LabelledText]", rows)
+            names = list(label_names) if label_names is not None else find_label_names(labelled)
+            encoded: Iterator[Any] = _encode_labelled(labelled, self, names, cut)
+        else:
+            encoded = _encode(cast("Sequence[Example]", rows), self, cut)
+        if progress:
+            from rich.progress import track
+
+            encoded = iter(
+                track(encoded, "Tokenising", total=len(rows), console=terminal.console(stderr=True), transient=True)
+            )
+        columns: dict[str, list[Any]] = {}
+        for row in encoded:
+            for key, value in row.items():
+                columns.setdefault(key, []).append(value)
+        for what, count in sorted(cut.items()):
+            logger.warning("%s of %s rows: %s (limit %s tokens)", count, len(rows), what, self.limit)
+        return datasets.Dataset.from_dict(columns)
 
     def generation_prompt(self, prompt: Any, *, room: int = 0) -> list[int]:
         """Token ids to generate from, cut from the left like training prompts so that `room` new tokens fit."""
@@ -114,6 +195,7 @@ def encode_example(
     system_prompt: str | None = None,
     max_length: int | None = None,
     on_long_prompt: str = "truncate",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Encoded:
     """Return the ids, labels and prompt length of one example.
 
@@ -124,7 +206,7 @@ def encode_example(
     Raises:
         ReftuneError: an argument of `Encoding` is out of range, or a prompt is too long with `on_long_prompt="error"`.
     """
-    encoding = Encoding(tokenizer, template, system_prompt, max_length, on_long_prompt)
+    encoding = Encoding(tokenizer, template, system_prompt, max_length, on_long_prompt, chat_template_kwargs)
     return next(_encode([example], encoding, Counter()))
 
 
@@ -138,6 +220,7 @@ def encode_dataset(
     on_long_prompt: str = "truncate",
     label_names: Sequence[str] | None = None,
     progress: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> datasets.Dataset:
     """Return a dataset with the columns `input_ids`, `labels` and `prompt_length`, in the order of `rows`.
 
@@ -153,41 +236,19 @@ def encode_dataset(
         on_long_prompt: see `Encoding`.
         label_names: class names in the order of their ids; give the training rows' when encoding evaluation rows.
         progress: show a progress bar on stderr.
+        chat_template_kwargs: see `Encoding`; not used for labelled text.
 
     Raises:
         ReftuneError: there are no rows, a label is not in `label_names`, or as for `encode_example`.
     """
-    if not rows:
-        raise ReftuneError("there are no rows to tokenise: give at least one example")
-    encoding = Encoding(tokenizer, template, system_prompt, max_length, on_long_prompt)
-    cut: Counter[str] = Counter()
-    if isinstance(rows[0], LabelledText):
-        labelled = cast("Sequence[LabelledText]", rows)
-        names = list(label_names) if label_names is not None else find_label_names(labelled)
-        encoded: Iterator[Any] = _encode_labelled(labelled, encoding, names, cut)
-    else:
-        encoded = _encode(cast("Sequence[Example]", rows), encoding, cut)
-    if progress:
-        from rich.progress import track
-
-        encoded = iter(
-            track(encoded, "Tokenising", total=len(rows), console=terminal.console(stderr=True), transient=True)
-        )
-    columns: dict[str, list[Any]] = {}
-    for row in encoded:
-        for key, value in row.items():
-            columns.setdefault(key, []).append(value)
-    for what, count in sorted(cut.items()):
-        logger.warning("%s of %s rows: %s (limit %s tokens)", count, len(rows), what, encoding.limit)
-    return datasets.Dataset.from_dict(columns)
+    encoding = Encoding(tokenizer, template, system_prompt, max_length, on_long_prompt, chat_template_kwargs)
+    return encoding.dataset(rows, label_names=label_names, progress=progress)
 
 
 def _encode(examples: Sequence[Example], encoding: Encoding, cut: Counter[str]) -> Iterator[Encoded]:
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        prompts = encoding.prompt_ids(chunk)
-        completions = encoding.completion_ids([example.completion for example in chunk])
-        for example, prompt, completion in zip(chunk, prompts, completions, strict=True):
+        for example, (prompt, completion) in zip(chunk, encoding.turn_ids(chunk), strict=True):
             prompt, completion = _fit(prompt, completion, encoding, _where(example), cut)
             labels = [IGNORED] * len(prompt) + completion
             yield {"input_ids": prompt + completion, "labels": labels, "prompt_length": len(prompt)}
@@ -208,7 +269,8 @@ def _fit(
         if encoding.on_long_prompt == "error":
             raise ReftuneError(
                 f"{where}the prompt has {len(prompt)} tokens and only {room} fit beside its completion: raise "
-                f"max_length={limit}, shorten the row, or use --long-prompts truncate"
+                f"max_length={limit}, shorten the row, or cut it with --long-prompts truncate "
+                "(on_long_prompt='truncate')"
             )
         cut["the prompt is too long and lost its beginning"] += 1
         prompt = encoding._cut_prompt(prompt, room)
@@ -248,7 +310,7 @@ def _encode_labelled(
             if encoding.on_long_prompt == "error":
                 raise ReftuneError(
                     f"{_where(row)}the text has {len(whole.input_ids)} tokens: raise max_length={encoding.limit}, "
-                    "shorten the row, or use --long-prompts truncate"
+                    "shorten the row, or cut it with --long-prompts truncate (on_long_prompt='truncate')"
                 )
             cut["the text is too long and lost its end"] += 1
             whole = encoding.tokenizer(row.text, row.text_pair, truncation=True, max_length=encoding.limit)

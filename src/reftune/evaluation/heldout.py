@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reftune.data.formats import Example
-from reftune.data.tokenising import encode_dataset
 from reftune.evaluation.row_losses import RowLosses, row_losses
 from reftune.inference.generation import Answer, GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel
@@ -79,14 +78,6 @@ def exact_match(answer: str, completion: str) -> bool:
 
 def held_out_losses(edited: EditedModel, rows: Sequence[Example], batch_size: int, *, base: bool = False) -> RowLosses:
     """The loss of each row's completion, with or without the edit."""
-    encoding, tokenizer = edited.encoding, edited.tokenizer
-    encoded = encode_dataset(
-        rows,
-        tokenizer,
-        template=encoding.template,
-        system_prompt=encoding.system_prompt,
-        max_length=encoding.max_length,
-        on_long_prompt=encoding.on_long_prompt,
-    )
+    encoded = edited.encoding.dataset(rows)
     with edited.model.disable_adapter() if base else nullcontext():
-        return row_losses(edited.model, encoded, int(tokenizer.pad_token_id), batch_size)  # type: ignore[arg-type]
+        return row_losses(edited.model, encoded, int(edited.tokenizer.pad_token_id), batch_size)  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ whole row for the prompt, so that `l1` edits a token of the answer that is being
   edit nothing. `all` and `generated` edit the text itself.
 - generation: left-padded batches, edits where `generate` puts them.
 - encoder-decoder models: the encoder's text is the prompt, as everywhere.
-- `--apply_chat_template`: the prompt as in training, where the adapter's `run.yaml` names a template or system prompt.
+- `--apply_chat_template`: the prompt as in training, where the adapter has a `run.yaml`, with its
+  `chat_template_kwargs` (others: `chat_template_args`, as for `hf`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tqdm import tqdm
 from reftune import models
 from reftune.adapter.checkpoint import load_adapter, read_adapter_config
 from reftune.data.formats import Message
-from reftune.data.templates import render_prompt
+from reftune.data.templates import render_prompt, turn_opening
 from reftune.engine.hooks import Engine
 from reftune.errors import ReftuneError
 from reftune.inference.loading import recorded_run
@@ -132,6 +133,8 @@ class ReftuneLM(_HFLM):
             pretrained = str(models.bundled_folder())
         if not isinstance(pretrained, str) and peft is not None:
             pretrained = _with_adapter(pretrained, peft)
+        if recorded := self._run.get("chat_template_kwargs"):
+            others["chat_template_args"] = {**recorded, **(others.get("chat_template_args") or {})}
         super().__init__(pretrained=pretrained, peft=peft, dtype=dtype, device=device, **others)
         if not isinstance(self.model, PeftModel):
             logger.warning("No adapter (peft=DIR) was given: the base model is scored.")
@@ -144,14 +147,16 @@ class ReftuneLM(_HFLM):
             self._model = _with_adapter(self._model, peft)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model reads it; as in training where the run recorded a template or system prompt."""
-        template, system = self._run.get("template"), self._run.get("system_prompt")
-        if template is None and system is None:
+        """The conversation as the model reads it; as in training where there is a record of it."""
+        if not self._run:
             return super().apply_chat_template(chat_history, add_generation_prompt)
-        begun = "" if add_generation_prompt else chat_history[-1]["content"]
+        template, arguments = self._run.get("template"), self.chat_template_args or None
         asked = chat_history if add_generation_prompt else chat_history[:-1]
         messages = [Message(turn["role"], turn["content"]) for turn in asked]
-        return render_prompt(messages, self.tokenizer, template, system) + begun
+        prompt = render_prompt(messages, self.tokenizer, template, self._run.get("system_prompt"), arguments)
+        if add_generation_prompt:
+            return prompt
+        return prompt + turn_opening(self.tokenizer, template, arguments) + chat_history[-1]["content"]
 
     # Log-likelihood
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reftune.data.formats import Message
+from reftune.data.messages import read_message
 from reftune.data.reading import RawRow, Source, read_rows
 from reftune.data.tokenising import Encoding
+from reftune.data.values import parse_json
 from reftune.errors import ReftuneError
 from reftune.evaluation.prefill import Continued, option_log_likelihoods
 
@@ -103,28 +104,34 @@ def evaluate_options(
     known = [row if isinstance(row, OptionRow) else option_row(row, f"row {n}") for n, row in enumerate(rows, 1)]
     encoded = _encoded(known, encoding)
     found = option_log_likelihoods(model, encoded, batch_size=batch_size, reuse=reuse, check=check, advance=advance)
-    return [
-        OptionScores(
-            tuple(scores),
-            tuple(map(len, ids.options)),
-            tuple(len(option.encode()) for option in row.options),
-            row.answer,
-        )
-        for row, ids, scores in zip(known, encoded, found, strict=True)
-    ]
+    return [_scores(row, ids, values) for row, ids, values in zip(known, encoded, found, strict=True)]
+
+
+def _scores(row: OptionRow, ids: Continued, values: Sequence[float]) -> OptionScores:
+    """An option's own share: where the template opens an answer (see `_encoded`), what that costs is taken off."""
+    opened, opening = (values[-1], len(ids.options[-1])) if len(values) > len(row.options) else (0.0, 0)
+    own = range(len(row.options))
+    return OptionScores(
+        tuple(values[index] - opened for index in own),
+        tuple(len(ids.options[index]) - opening for index in own),
+        tuple(len(option.encode()) for option in row.options),
+        row.answer,
+    )
 
 
 def _encoded(rows: Sequence[OptionRow], encoding: Encoding) -> list[Continued]:
+    """Tokens of the rows: each option behind what the template puts before an answer, and that once alone, last."""
     if not rows:
         return []
     prompts = encoding.prompt_ids([row.prompt for row in rows])
     # Options are tokenised apart from their prompt, as completions are in training: no token spans the boundary.
-    texts = [option for row in rows for option in row.options]
-    ids: Any = iter(encoding.tokenizer(texts, add_special_tokens=False).input_ids) if texts else iter(())
-    encoded = [
-        Continued(prompt, [next(ids) for _ in row.options], row.where)
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+    ids: Any = iter(encoding.answer_ids([option for row in rows for option in row.options]))
+    encoded = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        options = [next(ids) for _ in row.options]
+        opening = encoding.opening_ids
+        alone = [opening] if opening and all(option[: len(opening)] == opening for option in options) else []
+        encoded.append(Continued(prompt, options + alone, row.where))
     for row in encoded:
         length = len(row.prompt) + max(map(len, row.options))
         if encoding.limit is not None and length > encoding.limit:
@@ -167,14 +174,14 @@ def _prompt(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
-        return [Message(str(turn["role"]), str(turn.get("content", ""))) for turn in value]
+        return [read_message(turn, f"{place}: 'prompt'[{index}]") for index, turn in enumerate(value)]
     raise ReftuneError(f"{place}: 'prompt' is a {type(value).__name__}; give text or a list of messages")
 
 
 def _options(value: Any, place: str) -> tuple[str, ...]:
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.lstrip().startswith("[") else value.split("|")
+            value = parse_json(value, f"{place}: 'options'") if value.lstrip().startswith("[") else value.split("|")
         except json.JSONDecodeError as error:
             raise ReftuneError(f"{place}: 'options' begins like a JSON list and is none: {error}") from error
     if not isinstance(value, Sequence) or not all(isinstance(option, str) and option for option in value):

@@ -21,6 +21,7 @@ from reftune.inference.loading import EditedModel, recorded_run, within_context
 from reftune.models import load
 from reftune.output.files import write_text
 from reftune.runs.output_folder import readable_disk_errors
+from reftune.runs.recipe_values import read_chat_template_kwargs
 
 SUMMARY = "results.json"
 
@@ -147,8 +148,12 @@ def default_template(folder: Path | None) -> str | None:
     return None if recorded else PAPER
 
 
-def base_alone(name: str, dtype: str | None = None, device: str | None = None) -> EditedModel:
+def base_alone(
+    name: str, dtype: str | None = None, device: str | None = None, chat_template_kwargs: Any = None
+) -> EditedModel:
     """A base model to be evaluated by itself (`base=True`): the edit that it carries is the identity and stays off."""
     base, tokenizer = load(name, dtype, device)
     model: Any = get_peft_model(base, ReftConfig(r=1, layers_to_transform=[0], positions="l1", task_type="CAUSAL_LM"))
-    return EditedModel(model.eval(), tokenizer, within_context(Encoding(tokenizer, on_long_prompt="error"), base))
+    arguments = read_chat_template_kwargs(chat_template_kwargs)
+    encoding = Encoding(tokenizer, on_long_prompt="error", chat_template_kwargs=arguments)
+    return EditedModel(model.eval(), tokenizer, within_context(encoding, base))

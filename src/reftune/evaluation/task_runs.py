@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model_state_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from reftune.data.templates import render_prompt, resolve_template
+from reftune.data.templates import resolve_template
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.evaluation.extraction import same
@@ -199,7 +199,7 @@ def _generate(
 
 
 def _judged(task: Task, row: TaskRow, encoding: Encoding, answer: str) -> dict[str, Any]:
-    prompt = render_prompt(row.instruction, encoding.tokenizer, encoding.template, encoding.system_prompt)
+    prompt = encoding.render(row.instruction)
     record: dict[str, Any] = {"prompt": prompt, "answer": answer}
     if task.extract is not None and row.answer is not None:
         extracted = task.extract(answer)
@@ -245,7 +245,7 @@ def _score_options(
 def _chosen(row: OptionRow, encoding: Encoding, score: OptionScores) -> dict[str, Any]:
     assert row.answer is not None
     return {
-        "prompt": render_prompt(row.prompt, encoding.tokenizer, encoding.template, encoding.system_prompt),
+        "prompt": encoding.render(row.prompt),
         "options": list(row.options),
         "log_likelihoods": list(score.log_likelihoods),
         "answer": row.options[score.chosen()],
@@ -299,6 +299,7 @@ def _fingerprint(
         "data": hashlib.sha256(json.dumps(read, default=str).encode()).hexdigest(),
         "template": encoding.template,
         "system_prompt": encoding.system_prompt,
+        **({"chat_template_kwargs": dict(arguments)} if (arguments := encoding.chat_template_kwargs) else {}),
         "scoring": scoring,
         **({"options": form} if scoring == "options" else {"decoding": decoding}),
     }

@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from reftune.data.formats import Message
+from reftune.data.values import check_text
 from reftune.errors import ReftuneError
 from reftune.inference.generation import GenerationSettings, generation_config, left_padded, prompt_rows
 from reftune.inference.loading import EditedModel
@@ -53,9 +54,9 @@ class Conversation:
         Where the conversation outgrows the model's context, its oldest turns are left out (`forgotten` counts them).
 
         Raises:
-            ReftuneError: the turn alone is longer than the context.
+            ReftuneError: the turn is no Unicode, or alone longer than the context.
         """
-        self.turns.append(Message("user", text))
+        self.turns.append(Message("user", check_text(text, "what was typed")))
         try:
             row = self._fitting_row()
         except ReftuneError:
@@ -63,7 +64,7 @@ class Conversation:
             raise
         pieces: list[str] = []
         try:
-            for piece in self._stream(row):
+            for piece in self._without_opening(self._stream(row)):
                 pieces.append(piece)
                 yield piece
         finally:
@@ -78,6 +79,20 @@ class Conversation:
                     raise
                 del self.turns[:2]
                 self.forgotten += 2
+
+    def _without_opening(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces of an answer, but for what the template puts before one."""
+        opening, held = self.edited.encoding.shown_opening, ""
+        for piece in pieces:
+            held += piece
+            if opening.startswith(held.lstrip()[: len(opening)]) and len(held.lstrip()) <= len(opening):
+                continue  # it may yet be that
+            yield self.edited.encoding.without_opening(held.lstrip())
+            break
+        else:
+            if rest := self.edited.encoding.without_opening(held.strip()):
+                yield rest
+        yield from pieces
 
     def _stream(self, row: list[int]) -> Iterator[str]:
         model, tokenizer = self.edited.model, self.edited.tokenizer

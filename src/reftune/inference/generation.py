@@ -57,6 +57,7 @@ def prompt_rows(edited: EditedModel, prompts: Sequence[Any], room: int) -> list[
     for number, row in enumerate(rows, start=1):
         if limit is not None and len(row) + room > limit:
             which = f"prompt {number} of {len(rows)}" if len(rows) > 1 else "the prompt"
+            which = getattr(prompts[number - 1], "where", "") or which
             raise ReftuneError(
                 f"{which} has {len(row)} tokens; with {room} new ones that is more than the model's {limit}: "
                 "shorten it, or lower --max-new-tokens."
@@ -87,7 +88,7 @@ def stop_tokens(edited: EditedModel) -> list[int]:
     """The tokens that end an answer: the model's own, and the one that closed completions in training."""
     base: Any = edited.model.get_base_model()
     own = base.generation_config.eos_token_id
-    closing = edited.encoding.completion_ids(["x"])[0][-1:]
+    closing = edited.encoding.end_ids()[-1:]
     found: list[Any] = [*(own if isinstance(own, (list, tuple)) else [own]), edited.tokenizer.eos_token_id]
     special = set(edited.tokenizer.all_special_ids)
     return sorted({int(token) for token in [*found, *(t for t in closing if t in special)] if token is not None})
@@ -112,5 +113,4 @@ def _generate(edited: EditedModel, rows: list[list[int]], settings: GenerationSe
             written: Any = model.generate(**batch, generation_config=config)
         for row in written[:, batch["input_ids"].shape[1] :].tolist():
             end = next((index for index, token in enumerate(row) if token in stops), len(row))
-            text = str(edited.tokenizer.decode(row[:end], skip_special_tokens=True)).strip()
-            yield Answer(text, end, end == len(row))
+            yield Answer(edited.encoding.answer_text(row[:end]), end, end == len(row))

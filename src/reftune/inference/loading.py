@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from reftune.adapter.checkpoint import check_weights_file, load_adapter, read_ad
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.runs.recipe import RUN_FILE
-from reftune.runs.recipe_values import read_yaml
+from reftune.runs.recipe_values import read_chat_template_kwargs, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def load_edited(
     quantization: Any = None,
     template: str | None = None,
     system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> EditedModel:
     """Load an adapter folder onto its base model.
 
@@ -60,6 +62,7 @@ def load_edited(
         quantization: as in training where None.
         template: another than in training (see `data.templates`).
         system_prompt: another than in training.
+        chat_template_kwargs: others than in training, by name or as `enable_thinking=false`.
 
     Raises:
         ReftuneError: the folder, its files or its base model cannot be used.
@@ -79,12 +82,16 @@ def load_edited(
     )
     edited = load_adapter(base, folder)
     edited.eval()
-    encoding = recorded_encoding(folder, tokenizer, template, system_prompt)
+    encoding = recorded_encoding(folder, tokenizer, template, system_prompt, chat_template_kwargs)
     return EditedModel(edited, tokenizer, within_context(encoding, base), folder)
 
 
 def recorded_encoding(
-    folder: Path, tokenizer: Any, template: str | None = None, system_prompt: str | None = None
+    folder: Path,
+    tokenizer: Any,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> Encoding:
     """How prompts become tokens for an adapter: as its `run.yaml` says, but for what is given."""
     recorded = recorded_run(folder)
@@ -93,6 +100,9 @@ def recorded_encoding(
         template if template is not None else recorded.get("template"),
         system_prompt if system_prompt is not None else recorded.get("system_prompt"),
         on_long_prompt="error",
+        chat_template_kwargs=read_chat_template_kwargs(
+            chat_template_kwargs if chat_template_kwargs is not None else recorded.get("chat_template_kwargs")
+        ),
     )
 
 

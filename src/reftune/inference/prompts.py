@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reftune.data.formats import Message
-from reftune.data.reading import read_rows
+from reftune.data import formats
+from reftune.data.formats import Example, Message
+from reftune.data.reading import read_rows, read_text
+from reftune.data.values import check_text, json_text
 from reftune.errors import ReftuneError
 
 _TEXT = (".txt", ".text")
@@ -17,56 +18,66 @@ _TEXT = (".txt", ".text")
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt (text, or the messages of a conversation) and the row that it came from."""
+    """A prompt, an example whose answer is to be written, and the row that it came from."""
 
-    prompt: Any
+    prompt: Example
     row: Mapping[str, Any]
 
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns of the prompt."""
+        return self.prompt.messages
 
-def read_prompts(path: str | Path, column: str = "prompt", limit: int | None = None) -> list[PromptRow]:
-    """Read prompts: a .txt file has one a line; other files have them in `column` (or messages in `messages`).
+    @property
+    def shown(self) -> str:
+        """The prompt as people are shown it: the last turn."""
+        return self.prompt.messages[-1].content
+
+
+def read_prompts(
+    path: str | Path,
+    column: str | None = None,
+    limit: int | None = None,
+    usual: Mapping[str, str] | None = None,
+) -> list[PromptRow]:
+    """Read prompts as training reads them; a .txt file has one a line.
+
+    Args:
+        path: a file, or what else `reading.read_rows` takes.
+        column: the one that holds them (texts, or lists of messages); None finds out.
+        limit: only the first rows.
+        usual: training's columns by field, used where the file has them.
 
     Raises:
         ReftuneError: naming file, row and column.
     """
-    path = Path(path).expanduser()
-    if path.suffix.lower() in _TEXT and path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ReftuneError(f"{path} is not UTF-8: save it with that encoding.") from error
-        found = [PromptRow(line.strip(), {"prompt": line.strip()}) for line in lines if line.strip()]
-        if not found:
-            raise ReftuneError(f"{path} holds no prompts: write one a line.")
-        return found[:limit]
-    rows = []
-    for raw in read_rows(str(path))[:limit]:
-        rows.append(PromptRow(_prompt_of(raw.values, column, raw.where), raw.values))
-    return rows
+    if Path(path).suffix.lower() in _TEXT and Path(path).expanduser().is_file():
+        return [text_prompt(text, where) for text, where in _lines(Path(path).expanduser())][:limit]
+    rows = read_rows(str(path))[:limit]
+    prompts = formats.read_prompts(rows, columns=None if column is None else {"prompt": column}, usual=usual)
+    return [PromptRow(prompt, row.values) for prompt, row in zip(prompts, rows, strict=True)]
 
 
-def _prompt_of(values: Mapping[str, Any], column: str, where: str) -> Any:
-    value = values.get(column)
-    if value is None and column == "prompt":
-        value = values.get("instruction", values.get("messages"))
-        if "instruction" in values and str(values.get("input") or "").strip():
-            value = f"{value}\n\n{values['input']}"
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value):
-        turns = [Message(str(turn["role"]), str(turn.get("content", ""))) for turn in value]
-        while turns and turns[-1].role == "assistant":
-            turns.pop()  # what is to be written
-        if turns:
-            return turns
-    names = ", ".join(map(str, values))
-    if column not in values and value is None:
-        raise ReftuneError(
-            f"{where}: there is no column {column!r}; the columns are: {names}. Name yours with --column."
-        )
-    raise ReftuneError(f"{where}: {column!r} is empty; write a prompt or delete the row.")
+def text_prompt(text: str, where: str) -> PromptRow:
+    """A user's message as a prompt.
+
+    Raises:
+        ReftuneError: it is empty, or no Unicode.
+    """
+    if not text.strip():
+        raise ReftuneError(f"{where} is empty: write a prompt.")
+    return PromptRow(Example((Message("user", check_text(text, where)),), ""), {"prompt": text})
 
 
 def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as JSON Lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json_text(row) + "\n" for row in rows)
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a text file that are not blank, each with its place; only a line feed ends a line."""
+    numbered = enumerate(read_text(path).split("\n"), start=1)
+    lines = [(line.strip(" \t\r"), f"{path}, line {number}") for number, line in numbered if line.strip()]
+    if not lines:
+        raise ReftuneError(f"{path} holds no prompts: write one a line.")
+    return lines

@@ -33,6 +33,7 @@ from reftune.output.files import write_text
 from reftune.runs.output_folder import check_output, readable_disk_errors
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
+from reftune.training.row_lengths import check_row_lengths
 from reftune.training.trainer import ReftTrainer
 
 _NO_PREFIXES = (
@@ -78,6 +79,8 @@ def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
     if not isinstance(model, PeftModel):
         raise TypeError(f"get_peft_model returned a {type(model).__name__}")
     train_set, eval_set = (encode_texts(rows, recipe, tokenizer, scheme) for rows in (data.train, data.validation))
+    for rows in (train_set, eval_set):
+        check_row_lengths(model, rows)
     begin_training(recipe, output, checkpoint, train_set, tokenizer, console)
     best: dict[str, Any] = (
         {"metric_for_best_model": f"eval_{measures.main}", "greater_is_better": True} if data.validation else {}

@@ -13,10 +13,10 @@ from rich.console import Console
 from reftune import models
 from reftune.data.formats import Example, read_examples
 from reftune.data.splitting import split_rows
-from reftune.data.tokenising import encode_dataset
 from reftune.runs.output_folder import check_output
 from reftune.runs.recipe import DEMO_DATA, TrainRecipe
 from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
+from reftune.training.row_lengths import check_row_lengths
 from reftune.training.trainer import ReftTrainer
 
 
@@ -32,6 +32,8 @@ def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
     if not isinstance(model, PeftModel):
         raise TypeError(f"get_peft_model returned a {type(model).__name__}")
     train_set, eval_set = (encode_rows(rows, recipe, tokenizer) for rows in (train_rows, eval_rows))
+    for rows in (train_set, eval_set):
+        check_row_lengths(model, rows)
     begin_training(recipe, output, checkpoint, train_set, tokenizer, console)
     trainer = ReftTrainer(
         model=model,
@@ -64,12 +66,4 @@ def encode_rows(rows: list[Example], recipe: TrainRecipe, tokenizer: Any) -> Any
     """Rows as the trainer takes them, in order; None where there are none."""
     if not rows:
         return None
-    return encode_dataset(
-        rows,
-        tokenizer,
-        template=recipe.template,
-        system_prompt=recipe.system_prompt,
-        max_length=recipe.max_length,
-        on_long_prompt=recipe.long_prompts,
-        progress=len(rows) > 2000,
-    )
+    return recipe.encoding(tokenizer).dataset(rows, progress=len(rows) > 2000)

@@ -31,6 +31,7 @@ from reftune.runs.recipe_values import (
     coerce_fields,
     given,
     merged,
+    read_chat_template_kwargs,
     read_columns,
     read_labels,
     read_layers,
@@ -108,6 +109,9 @@ class TrainRecipe:
         None, "Data", "Text around a prompt, with one %s or {prompt}; default: the tokenizer's chat template."
     )
     system_prompt: str | None = _option(None, "Data", "System message for rows without one.")
+    chat_template_kwargs: str | dict[str, Any] | None = _option(
+        None, "Data", "Arguments of the chat template: enable_thinking=false.", "name=value,..."
+    )
     max_length: int | None = _option(
         None, "Data", "Longest row, prompt and completion; default: the model's limit.", "tokens", ("max_seq_length",)
     )
@@ -204,6 +208,7 @@ class TrainRecipe:
         object.__setattr__(self, "positions", parse_positions(self.positions).text)
         object.__setattr__(self, "columns", read_columns(self.columns))
         object.__setattr__(self, "labels", read_labels(self.labels))
+        object.__setattr__(self, "chat_template_kwargs", read_chat_template_kwargs(self.chat_template_kwargs))
         self._check_task()
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
@@ -234,7 +239,9 @@ class TrainRecipe:
         """Refuse options that the other task alone has."""
         classifies = self.task == "classification"
         others = (
-            ("template", "system_prompt") if classifies else ("test_file", "split_eval", "glue", "labels", "metric")
+            ("template", "system_prompt", "chat_template_kwargs")
+            if classifies
+            else ("test_file", "split_eval", "glue", "labels", "metric")
         )
         for name in others:
             if getattr(self, name):
@@ -262,7 +269,8 @@ class TrainRecipe:
 
     def encoding(self, tokenizer: Any) -> Encoding:
         """How rows become tokens."""
-        return Encoding(tokenizer, self.template, self.system_prompt, self.max_length, self.long_prompts)
+        arguments = self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else None
+        return Encoding(tokenizer, self.template, self.system_prompt, self.max_length, self.long_prompts, arguments)
 
     def full_path(self, name: str) -> Any:
         """A field that may be a local path, in full where it is one; a Hub name or None stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from reftune.data.classification import NUMBER
+from reftune.data.values import parse_json
 from reftune.errors import ReftuneError
 
 _Made = TypeVar("_Made")
@@ -197,6 +199,34 @@ def read_columns(value: Any) -> dict[str, str] | None:
             raise ReftuneError(f"columns={value!r}: write field=column, as in prompt=question,completion=answer.")
         found[name.strip()] = column.strip()
     return found
+
+
+def read_chat_template_kwargs(value: Any) -> dict[str, Any] | None:
+    """`"enable_thinking=false,effort=low"`, JSON of an object, or a mapping.
+
+    Raises:
+        ReftuneError: a part without `=`.
+    """
+    if value is None or value in ("", {}):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): item for name, item in value.items()}
+    try:
+        if str(value).lstrip().startswith("{"):
+            return dict(parse_json(str(value), "chat_template_kwargs"))
+        pairs = read_columns(value) or {}
+    except (ReftuneError, json.JSONDecodeError):
+        raise ReftuneError(
+            f"chat_template_kwargs={value!r}: write name=value, as in enable_thinking=false, or a JSON object."
+        ) from None
+    return {name: _json_or_text(text) for name, text in pairs.items()}
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return parse_json(text.lower() if text.lower() in ("true", "false", "null") else text, "chat_template_kwargs")
+    except json.JSONDecodeError:
+        return text
 
 
 def read_labels(value: Any) -> list[str] | str | None:

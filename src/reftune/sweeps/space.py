@@ -15,7 +15,8 @@ Label = str | int | float | bool | None
 """What the study stores of a value: Optuna's choices are scalars, so that a list of layers is written out."""
 
 _SHARED_BY_PLACE = (
-    "model", "dtype", "quantization", "template", "system_prompt", "max_length", "positions", "layers", "component",
+    "model", "dtype", "quantization", "template", "system_prompt", "chat_template_kwargs", "max_length", "positions",
+    "layers", "component",
 )  # fmt: skip
 """Fields that decide what trials can take from each other's prefix store."""
 

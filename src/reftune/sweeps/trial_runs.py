@@ -26,7 +26,7 @@ from reftune.training.trainer import ReftTrainer
 
 _BASE = ("model", "dtype", "device", "quantization")
 _ROWS = ("train_file", "eval_file", "eval_fraction", "split", "columns", "limit_rows", "seed")
-_TOKENS = ("template", "system_prompt", "max_length", "long_prompts")
+_TOKENS = ("template", "system_prompt", "chat_template_kwargs", "max_length", "long_prompts")
 
 
 @dataclass

@@ -34,6 +34,7 @@ from reftune.training.prefix.store import PrefixStore
 from reftune.training.prefix.switch import PrefixSwitch
 from reftune.training.progress import ProgressBarCallback
 from reftune.training.prompt_ends import with_prompt_ends
+from reftune.training.row_lengths import check_row_lengths
 from reftune.training.sampling import LengthGroupedByEpoch, row_lengths
 from reftune.training.sharding import refuse_lost_retractions, retract_shards
 from reftune.training.supervised_logits import (
@@ -98,6 +99,9 @@ class ReftTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for rows in (self.train_dataset, *evaluated):
+            check_row_lengths(self.model, rows)
         self.prefixes = self._prefix_switch(prefix_store)
         for callback in (_TrainBegins(self), self.throughput, self._interrupts):
             self.add_callback(callback)
