@@ -4,7 +4,8 @@
 - `bank.py`: `Bank` keeps many of them as stacked tensors, within a budget; a request takes one and keeps it.
 - `row_plan.py`: which rows of a flat batch are edited, from four numbers a request.
 - `engine.py`: `EmbeddedEngine` writes many answers at once, with transformers' continuous batching; `packed_edits.py`
-  applies a bank to its batches, `sampling.py` chooses each answer's tokens.
+  applies a bank to its batches, `packed_attention.py` attends request by request on a CPU, `sampling.py` chooses each
+  answer's tokens.
 - `requests.py`: what an engine is asked and gives back; `expression.py`: several adapters with strengths.
 - `catalogue.py`: which adapters may be served, found without loading.
 

@@ -19,6 +19,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from reftune.engine.packed import CARRIED, Carried, CarriedEdits, carry, settings
 from reftune.errors import ReftuneError
 from reftune.serving.bank import Bank, Held
+from reftune.serving.packed_attention import attending_by_request
 from reftune.serving.packed_edits import PackedEdits
 from reftune.serving.requests import Finish, Sampling, Token
 from reftune.serving.sampling import Choosing
@@ -171,7 +173,8 @@ class EmbeddedEngine:
         )  # fmt: skip
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self._edits = PackedEdits(model, self.bank)
+        self._undo = ExitStack()
+        self._undo.callback(PackedEdits(model, self.bank).remove)
         self._numbers = itertools.count()
         self._manager: Any = None
         self._hits = self._taken = 0
@@ -196,6 +199,7 @@ class EmbeddedEngine:
         processors.tensors_required += 1
         processors.do_processing = True
         processors.supported_keys.update(_Chooser.supported_kwargs)
+        self._undo.enter_context(attending_by_request(self.model))
         manager.start()
 
     def close(self) -> None:
@@ -203,7 +207,7 @@ class EmbeddedEngine:
         if self._manager is not None:
             self._manager.stop(block=True)
             self._manager.destroy()
-        self._edits.remove()
+        self._undo.close()
 
     def __enter__(self) -> EmbeddedEngine:
         self.start()
