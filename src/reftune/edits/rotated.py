@@ -1,5 +1,6 @@
 """The edits that own a rotation R: when it is retracted, how it is saved, and how it is loaded."""
 
+import threading
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from reftune.errors import ReftuneError
 
 Parametrization = Literal["cholesky", "householder"]
 _IN_SYNC = "in sync"
+_WRITING = threading.RLock()  # one thread retracts or folds at a time; the others then find it done
 
 
 class RotatedEdit(Edit):
@@ -82,13 +84,18 @@ class RotatedEdit(Edit):
         if self.parametrization == "householder":
             self._follow_loaded_rotation()
             if self._may_fold(dtype):
-                if self._folded != (stands_for := self._identify(self.reflectors)):
-                    self.retract_()
-                    self._folded = stands_for
+                if self._folded != self._identify(self.reflectors):
+                    self._fold()
                 return self.rotation
             return householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
         self._retract_if_moved()
         return orthonormal(self.rotation).to(dtype)
+
+    def _fold(self) -> None:
+        with _WRITING:
+            if self._folded != (stands_for := self._identify(self.reflectors)):
+                self.retract_()
+                self._folded = stands_for
 
     def _may_fold(self, dtype: torch.dtype) -> bool:
         """Whether a Householder rotation may be computed once for many forwards: inference, on tensors of our own."""
@@ -118,12 +125,18 @@ class RotatedEdit(Edit):
         if not isinstance(self.rotation, nn.Parameter):  # a stand-in of torch.func: not ours to write to
             return
         if self._seen != self._identify() or (self.training and self.rotation.requires_grad):
-            self.retract_()
+            with _WRITING:
+                self.retract_()
 
     def _follow_loaded_rotation(self) -> None:
         """Whoever wrote `rotation` (load_state_dict, assign=True, any loader) meant it: start there."""
         if torch.compiler.is_compiling() or self.rotation.is_meta or self._seen == self._identify():
             return
+        with _WRITING:
+            if self._seen != self._identify():
+                self._start_at_rotation()
+
+    def _start_at_rotation(self) -> None:
         self.basis = complete_basis(self.rotation)
         start = identity_reflectors(self.rotation)
         if self.reflectors.is_meta or self.reflectors.device != start.device:

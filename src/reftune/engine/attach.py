@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from reftune.engine.hooks import EditSpec, Engine
+from reftune.engine.hooks import CHANGING, EditSpec, Engine
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.positions import parse_positions
 from reftune.engine.sites import Site
@@ -100,21 +100,22 @@ def attach(
     Raises:
         ReftuneError: an unknown method, layer, component or position; a name already taken; a model under PEFT's ReFT.
     """
-    engine = Engine.of(model) or Engine(model, _plain_intervention)
-    if engine.make_intervention is not _plain_intervention:
-        raise ReftuneError(
-            "This model carries a PEFT ReFT adapter: add another with model.add_adapter(name, ReftConfig(...))."
-        )
-    if name in engine.adapter_names():
-        raise ReftuneError(f"name={name!r}: this model already has edits of that name; give these another name.")
-    if edits is None:
-        spec = EditSpec(method, r, layers_to_transform, component, positions, share_weights, options)
-        engine.add(name, spec)
-    else:
-        for site, edit in edits.items():
-            engine.place(name, Placement(site, parse_positions(positions)), edit)
-        engine.refresh()
-    for intervention in engine.interventions.values():
-        if name in intervention.placements:
-            intervention.activate(name)
-    return Attachment(engine, name)
+    with CHANGING:
+        engine = Engine.of(model) or Engine(model, _plain_intervention)
+        if engine.make_intervention is not _plain_intervention:
+            raise ReftuneError(
+                "This model carries a PEFT ReFT adapter: add another with model.add_adapter(name, ReftConfig(...))."
+            )
+        if name in engine.adapter_names():
+            raise ReftuneError(f"name={name!r}: this model already has edits of that name; give these another name.")
+        if edits is None:
+            spec = EditSpec(method, r, layers_to_transform, component, positions, share_weights, options)
+            engine.add(name, spec)
+        else:
+            for site, edit in edits.items():
+                engine.place(name, Placement(site, parse_positions(positions)), edit)
+            engine.refresh()
+        for intervention in engine.interventions.values():
+            if name in intervention.placements:
+                intervention.activate(name)
+        return Attachment(engine, name)

@@ -9,12 +9,14 @@ the blocks adds it to their keyword arguments, a block's hook takes it out, and 
 argument goes on to its attention module, whose own hook takes it: transformers checkpoints a block's ``forward``, so a
 recomputation in backward passes through that attention hook again and sees the plan of its own forward, however many
 forwards came in between. Where a model does not hand keyword arguments down, the plan is read from the planner, and two
-forwards that both await a checkpointed backward are refused.
+forwards that both await a checkpointed backward are refused. Nothing of a forward lies on the model, the engine or an
+intervention: what is under way belongs to its thread (``planning.py``), so several threads may use one model at once.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,13 +31,15 @@ from reftune.engine.forwards import accepts_any_keyword
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.planning import Planner
 from reftune.engine.positions import Positions, parse_positions
-from reftune.engine.sites import Site, attention_module, find_sites
+from reftune.engine.sites import Site, Stack, attention_module, find_sites
 from reftune.errors import ReftuneError
 
 PLAN = "reft_plan"
 CHILD = "intervention"
 ENGINE = "_reftune_engine"
 BASE_ROW = "__base__"
+CHANGING = threading.RLock()
+"""Held while adapters are added and removed."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Engine:
         self.make_intervention = make_intervention
         self.interventions: dict[str, Intervention] = {}
         self.planner = Planner(model, self.active_positions)
-        self._handles: list[Any] = []
+        self._handles: dict[tuple[Any, ...], list[Any]] = {}
 
     @staticmethod
     def of(model: nn.Module) -> Engine | None:
@@ -112,9 +116,10 @@ class Engine:
         sites = find_sites(self.model, spec.component, spec.layers_to_transform)  # type: ignore[arg-type]
         untied = not spec.share_weights and positions.has_two_ends
         edits = [(spec.build(site), spec.build(site) if untied else None) for site in sites]
-        for site, (edit, pair) in zip(sites, edits, strict=True):
-            self.place(name, Placement(site, positions), edit, pair)
-        self.refresh()
+        with CHANGING:
+            for site, (edit, pair) in zip(sites, edits, strict=True):
+                self.place(name, Placement(site, positions), edit, pair)
+            self.refresh()
         return sites
 
     def place(self, name: str, placement: Placement, edit: nn.Module, pair: nn.Module | None = None) -> None:
@@ -144,17 +149,19 @@ class Engine:
 
     def remove(self, name: str) -> None:
         """Forget the adapter ``name``; **changes the model**. Removing the last one detaches the engine."""
-        for path, intervention in list(self.interventions.items()):
-            intervention.remove(name)
-            if not intervention.placements:
-                self._drop(path)
-        self.refresh()
+        with CHANGING:
+            for path, intervention in list(self.interventions.items()):
+                intervention.remove(name)
+                if not intervention.placements:
+                    self._drop(path)
+            self.refresh()
 
     def detach(self) -> None:
         """Remove everything that was added; **changes the model**, whose outputs are bit-exactly the base's again."""
-        for path in list(self.interventions):
-            self._drop(path)
-        self.refresh()
+        with CHANGING:
+            for path in list(self.interventions):
+                self._drop(path)
+            self.refresh()
 
     def _drop(self, path: str) -> None:
         delattr(self.model.get_submodule(path), CHILD)
@@ -192,78 +199,98 @@ class Engine:
         unknown = sorted(set(names) - set(self.adapter_names()) - {BASE_ROW})
         if unknown:
             raise ReftuneError(f"adapter_names: {unknown} not on this model, which has {self.adapter_names()}.")
-        try:
-            self._set_row_adapters(names)
+        with self.planner.mixed(names):
             yield
-        finally:
-            self._set_row_adapters(None)
-
-    def _set_row_adapters(self, names: list[str] | None) -> None:
-        self.planner.row_adapters = names
-        for found in self.interventions.values():
-            found.row_adapters = names
 
     def active_positions(self) -> dict[str, Positions]:
         """Positions of the adapters that edit now."""
-        return {
-            name: found.placements[name].positions
-            for found in self.interventions.values()
-            for name in found.active_names()
-        }
+        active: dict[str, Positions] = {}
+        row_adapters = self.planner.row_adapters
+        for found in list(self.interventions.values()):
+            for name in found.active_names(row_adapters):
+                placement = found.placements.get(name)
+                if placement is not None:
+                    active[name] = placement.positions
+        return active
 
     # Installing hooks
 
     def refresh(self) -> None:
-        """Install the hooks that the present adapters need, after removing the earlier ones; **changes the model**."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Install the hooks that the present adapters need and remove all others; **changes the model**.
+
+        Hooks that stay needed are left alone, so that a forward in another thread keeps them.
+        """
         own = self.model.__dict__
-        if own.pop(ENGINE, None) is not None and isinstance(own.get("generate"), _Generate):
-            del own["generate"]
-        if not self.interventions:
+        wanted = self._wanted() if self.interventions else {}
+        for key in [key for key in self._handles if key not in wanted]:
+            for handle in self._handles.pop(key):
+                handle.remove()
+        if not wanted:
+            if own.pop(ENGINE, None) is not None and isinstance(own.get("generate"), _Generate):
+                del own["generate"]
             return
         own[ENGINE] = self
         if hasattr(type(self.model), "generate") and "generate" not in own:
             own["generate"] = _Generate(self.planner)
-        self._on_forward(self.model, self.planner.enter)
+        for key, install in wanted.items():
+            if key not in self._handles:
+                self._handles[key] = install()
+
+    def _wanted(self) -> dict[tuple[Any, ...], Callable[[], list[Any]]]:
+        """Groups of hooks, each with what installs it, by everything on which they depend."""
+        wanted: dict[tuple[Any, ...], Callable[[], list[Any]]] = {
+            ("root",): partial(self._on_forward, self.model, self.planner.enter)
+        }
         stacks = {
             placement.site.stack.owner_path: placement.site.stack
             for found in self.interventions.values()
             for placement in found.placements.values()
             if placement.site.stack is not None
         }
+        handing = {owner_path: self._hands_down(stack) for owner_path, stack in stacks.items()}
         for owner_path, stack in stacks.items():
+            enter = partial(self._enter_stack, stack.name, handing[owner_path])
             owner = self.model.get_submodule(owner_path)
-            blocks = [self.model.get_submodule(path) for path in stack.block_paths]
-            hands_down = all(accepts_any_keyword(module) for module in [owner, *blocks])
-            self._on_forward(owner, partial(self._enter_stack, stack.name, hands_down))
+            wanted["stack", owner_path, stack.name, handing[owner_path]] = partial(self._on_forward, owner, enter)
         for path, intervention in self.interventions.items():
-            self._hook_block(path, intervention)
+            sites = [placement.site for placement in intervention.placements.values()]
+            places = tuple(dict.fromkeys((site.module_path, site.side) for site in sites))
+            stack = sites[0].stack
+            key = ("block", path, id(intervention), places, stack.name if stack else "")
+            handed = stack is not None and handing[stack.owner_path]
+            wanted[(*key, handed)] = partial(self._hook_block, path, intervention, places, key[-1], handed)
+        return wanted
 
-    def _on_forward(self, module: nn.Module, enter: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(module.register_forward_hook(self.planner.leave, always_call=True))
+    def _hands_down(self, stack: Stack) -> bool:
+        """Whether a plan reaches the stack's blocks as a keyword argument."""
+        paths = [stack.owner_path, *stack.block_paths]
+        return all(accepts_any_keyword(self.model.get_submodule(path)) for path in paths)
 
-    def _hook_block(self, path: str, intervention: Intervention) -> None:
+    def _on_forward(self, module: nn.Module, enter: Callable[..., Any]) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(self.planner.leave, always_call=True),
+        ]
+
+    def _hook_block(
+        self, path: str, intervention: Intervention, places: Sequence[tuple[str, str]], stack: str, handed: bool
+    ) -> list[Any]:
         block = self.model.get_submodule(path)
-        sites = [placement.site for placement in intervention.placements.values()]
-        places = dict.fromkeys((site.module_path, site.side) for site in sites)
         inside = any(module_path != path for module_path, _ in places)
         attention = attention_module(block) if inside else None
         hands_on = (
             attention is not None and attention is not block and all(map(accepts_any_keyword, (block, attention)))
         )
-        stack = sites[0].stack.name if sites[0].stack else ""
-        enter = partial(self._enter_block, intervention, stack, hands_on)
-        self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        enter = partial(self._enter_block, intervention, hands_on)
+        handles = [block.register_forward_pre_hook(enter, with_kwargs=True)]
         if attention is not None and hands_on:
             enter = partial(self._enter_attention, intervention)
-            self._handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
         for module_path, side in places:
             module = self.model.get_submodule(module_path)
-            edit = partial(self._edit, intervention, module_path, side, module_path != path)
-            self._handles.append(edit_passing(module, side, edit))
+            edit = partial(self._edit, intervention, stack, module_path, side, handed and module_path == path)
+            handles.append(edit_passing(module, side, edit))
+        return handles
 
     # The hooks
 
@@ -275,35 +302,27 @@ class Engine:
         return args, kwargs
 
     def _enter_block(
-        self,
-        intervention: Intervention,
-        stack: str,
-        hands_on: bool,
-        block: nn.Module,
-        args: Any,
-        kwargs: dict[str, Any],
+        self, intervention: Intervention, hands_on: bool, block: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        carried = PLAN in kwargs
-        if carried or self.planner.in_forward:
-            intervention.plan = kwargs.get(PLAN) if carried else self.planner.plan_of(stack)
-        if carried and not hands_on:
-            kwargs = {name: value for name, value in kwargs.items() if name != PLAN}
-        intervention.carried = False
+        if PLAN in kwargs:
+            if not self.planner.in_forward:  # the whole block is computed again, with its hooks
+                self.planner.hand(intervention, kwargs[PLAN])
+            if not hands_on:
+                kwargs = {name: value for name, value in kwargs.items() if name != PLAN}
         return args, kwargs
 
     def _enter_attention(
         self, intervention: Intervention, attention: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         if PLAN in kwargs:
-            intervention.carried = True
-            intervention.plan = kwargs[PLAN]
+            self.planner.hand(intervention, kwargs[PLAN])
             kwargs = {name: value for name, value in kwargs.items() if name != PLAN}
         return args, kwargs
 
-    def _edit(self, intervention: Intervention, path: str, side: str, inside: bool, hidden: Tensor) -> Tensor:
-        if inside and not intervention.carried:
-            self.planner.edit_without_carried_plan()
-        return intervention.apply_at(path, side, hidden)
+    def _edit(
+        self, intervention: Intervention, stack: str, path: str, side: str, is_handed: bool, hidden: Tensor
+    ) -> Tensor:
+        return intervention.apply_at(path, side, hidden, self.planner.plan_at(intervention, stack, is_handed))
 
 
 def edit_passing(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:

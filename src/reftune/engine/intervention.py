@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftune.edits import Edit
-from reftune.engine.position_plan import NOTHING, PositionPlan, Rows
+from reftune.engine.position_plan import PositionPlan, Rows
 from reftune.engine.positions import Part, Positions
 from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
@@ -47,22 +47,20 @@ class Intervention(nn.Module):
         self.reft_edits = nn.ModuleDict()
         self.reft_suffix_edits = nn.ModuleDict()
         self.placements: dict[str, Placement] = {}
-        self.plan: PositionPlan | None = NOTHING
-        self.carried = False
-        self.row_adapters: list[str] | None = None
         self.paused: set[str] = set()
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plan": NOTHING}
+    def active_names(self, row_adapters: Sequence[str] | None = None) -> list[str]:
+        """Names of the adapters that edit here now, in order.
 
-    def active_names(self) -> list[str]:
-        """Names of the adapters that edit here now, in order."""
+        Args:
+            row_adapters: in a batch of mixed adapters, each row's.
+        """
         if self._disable_adapters:
             return []
-        if self.row_adapters is not None:
-            return [name for name in self.placements if name in self.row_adapters]
+        if row_adapters is not None:
+            return [name for name in list(self.placements) if name in row_adapters]
         names = [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
         return [name for name in names if name in self.placements and name not in self.paused]
 
@@ -97,27 +95,32 @@ class Intervention(nn.Module):
             return [("prefix", self.reft_edits[name]), ("suffix", self.reft_suffix_edits[name])]
         return [("both", self.reft_edits[name])]
 
-    def apply_at(self, module_path: str, side: str, hidden: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
-        """Edit a hidden state passing (module_path, side), at the rows of the current plan.
+    def apply_at(
+        self, module_path: str, side: str, hidden: Float[Tensor, " ..."], plan: PositionPlan | None
+    ) -> Float[Tensor, " ..."]:
+        """Edit a hidden state passing (module_path, side), at the rows of a forward's plan.
 
         Args:
             module_path: the hooked place.
             side: of that module, ``"input"`` or ``"output"``.
             hidden: (..., channels); its leading dimensions hold batch * sequence tokens.
+            plan: what the forward edits.
 
         Returns:
             The edited tensor, of the same shape, dtype and device; the very same tensor when nothing is edited.
         """
-        if self.plan is None:  # NOTHING
+        if plan is None:  # NOTHING
             return hidden
-        for name in self.active_names():
+        for name in self.active_names(plan.row_adapters):
+            if plan.adapters is not None and name not in plan.adapters:  # attached since the forward began
+                continue
             placement = self.placements[name]
             if placement.site.module_path != module_path or placement.site.side != side:
                 continue
             for part, edit in self.parts(name):
-                rows = self.plan.rows(placement.positions, part, hidden, name)
+                rows = plan.rows(placement.positions, part, hidden, name)
                 if rows is not None:
-                    directions = self.plan.directions(rows, hidden, name)
+                    directions = plan.directions(rows, hidden, name)
                     hidden = edit_rows(hidden, edit, rows, placement.site.columns, placement.scale, directions)
         return hidden
 

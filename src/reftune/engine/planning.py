@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,37 @@ class _Call:
     counted: bool = False
 
 
+class _Awaiting:
+    """One thread's checkpointed forwards whose backward will not be given their plan."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.recomputed = False
+        self.plans: dict[str, PositionPlan | None] = {}
+
+
+class _UnderWay(threading.local):
+    """What is under way in one thread: another thread's forwards are never seen here, nor disturbed.
+
+    A thread-local rather than a context variable, because a forward never gives way to another in its thread, and
+    because ``torch.compile`` traces through the one and not through the other.
+
+    Attributes:
+        calls: forwards begun and not ended, the innermost last.
+        memories: calls of ``generate``, the innermost last.
+        row_adapters: in a batch of mixed adapters, each row's.
+        handed: the block whose hook was last given a plan as a keyword argument, and that plan.
+        awaiting: what backward may recompute.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.memories: list[PromptMemory] = []
+        self.row_adapters: list[str] | None = None
+        self.handed: tuple[Any, PositionPlan | None] | None = None
+        self.awaiting = _Awaiting()
+
+
 def by_adapter(value: Any, names: Iterable[str]) -> dict[str, Tensor]:
     """A call argument by adapter name: as given, or the same for every name."""
     if value is None:
@@ -69,6 +102,10 @@ def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) 
     return mask != 0
 
 
+def _of_stack(plans: Mapping[str, PositionPlan | None], stack: str) -> PositionPlan | None:
+    return plans.get(stack, plans.get("", NOTHING))
+
+
 class Planner:
     """Makes the plan of every forward of one model.
 
@@ -80,11 +117,8 @@ class Planner:
     def __init__(self, model: nn.Module, active_positions: Callable[[], dict[str, Positions]]):
         self.model = model
         self.active_positions = active_positions
-        self.row_adapters: list[str] | None = None
-        self._awaiting_backward = 0
-        self._recomputed = False
-        self._calls: list[_Call] = []
-        self._memories: list[PromptMemory] = []
+        self._here = _UnderWay()
+        self._awaiting: weakref.WeakSet[_Awaiting] = weakref.WeakSet()
         self._first_edited: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,7 +132,21 @@ class Planner:
     @property
     def in_forward(self) -> bool:
         """Whether a forward of the model is under way (otherwise a hook that runs belongs to a recomputation)."""
-        return bool(self._calls)
+        return bool(self._here.calls)
+
+    @property
+    def row_adapters(self) -> list[str] | None:
+        """In a batch of mixed adapters, the name of each row's."""
+        return self._here.row_adapters
+
+    @contextmanager
+    def mixed(self, row_adapters: list[str]) -> Iterator[None]:
+        """For the length of a ``with`` block, this thread's forwards edit every row by its own adapter."""
+        before, self._here.row_adapters = self._here.row_adapters, row_adapters
+        try:
+            yield
+        finally:
+            self._here.row_adapters = before
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Begin a forward of the root, or of a stack that is called by itself: take our arguments out and plan.
@@ -107,7 +155,8 @@ class Planner:
             ``args`` and ``kwargs`` without ``CALL_ARGUMENTS``.
         """
         call = _Call(module, torch.is_grad_enabled())
-        self._calls.append(call)
+        self._here.calls.append(call)
+        self._here.handed = None
         ours = {name: kwargs[name] for name in CALL_ARGUMENTS if kwargs.get(name) is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
         active = self.active_positions()
@@ -115,18 +164,21 @@ class Planner:
         if active:
             arguments = bind(module, args, kwargs)
             for stack, role in self._roles(module).items():
-                call.plans[stack] = self._plan(module, arguments, role, active, **ours)
+                plan = call.plans[stack] = self._plan(module, arguments, role, active, **ours)
+                if plan is not None:
+                    plan.adapters = tuple(active)
         return args, kwargs
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         """End the forward that ``enter`` began for this module, whether it returned or raised."""
-        if self._calls and self._calls[-1].module is module:
-            self._calls.pop()
+        calls = self._here.calls
+        if calls and calls[-1].module is module:
+            calls.pop()
+            self._here.handed = None
 
     def plan_of(self, stack: str) -> PositionPlan | None:
         """The current forward's plan for a stack (one of another kind than the root's tokens gets the whole row)."""
-        plans = self._calls[-1].plans if self._calls else {}
-        return plans.get(stack, plans.get("", NOTHING))
+        return _of_stack(self._here.calls[-1].plans if self._here.calls else {}, stack)
 
     def _roles(self, module: nn.Module) -> dict[str, Role]:
         if not is_encoder_decoder(self.model):
@@ -145,7 +197,7 @@ class Planner:
         intervention_mask: Any = None,
         directions: dict[str, Tensor] | None = None,
     ) -> PositionPlan | None:
-        memory = self._memories[-1] if self._memories else None
+        memory = self._here.memories[-1] if self._here.memories else None
         if memory is not None and role != "encoder":
             found = token_arguments(arguments, role, module, needs_prompt=False)
             if found is None:
@@ -176,25 +228,49 @@ class Planner:
         layout = layout_of(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
         return PositionPlan(layout, mask, keep_empty, self.row_adapters, directions)
 
-    # Recomputation in backward, where a model does not hand the plan down
+    # Recomputation in backward, in this thread or in one of autograd's own
 
-    def edit_without_carried_plan(self) -> None:
-        """Note an edit inside a block whose plan did not come as a keyword argument.
+    def hand(self, block: Any, plan: PositionPlan | None) -> None:
+        """Note that a block was given its plan as a keyword argument, in a forward or in its recomputation."""
+        if not torch.compiler.is_compiling():
+            self._here.handed = block, plan
+
+    def plan_at(self, block: Any, stack: str, is_handed: bool) -> PositionPlan | None:
+        """The plan for an edit that runs now: of the forward under way, or of the one that is being recomputed.
+
+        Args:
+            block: the block it belongs to, as ``hand`` was told.
+            stack: the block's stack.
+            is_handed: whether every recomputation of this edit passes a hook that is given the plan.
 
         Raises:
-            ReftuneError: it is a recomputation, and more than one checkpointed forward awaits its backward.
+            ReftuneError: a recomputation that is not given its plan, where more than one forward awaits its backward.
         """
-        if not self._calls:
-            self._recomputed = True
-            if self._awaiting_backward > 1:
-                raise ReftuneError(TWO_FORWARDS)
-            return
-        call = self._calls[-1]
+        handed = self._here.handed
+        has_plan = handed is not None and handed[0] is block
+        if self._here.calls:
+            if not is_handed and not has_plan:
+                self._await_backward(self._here.calls[-1])
+            return self.plan_of(stack)
+        if has_plan:
+            assert handed is not None
+            return handed[1]
+        own = self._here.awaiting
+        waiting = [own] if own.forwards else [one for one in self._awaiting if one.forwards]
+        for one in waiting:
+            one.recomputed = True
+        if sum(one.forwards for one in waiting) > 1:
+            raise ReftuneError(TWO_FORWARDS)
+        return _of_stack(waiting[0].plans, stack) if waiting else NOTHING
+
+    def _await_backward(self, call: _Call) -> None:
         if call.counted or not call.with_grad or not getattr(self.model, "is_activation_checkpointing", False):
             return
         call.counted = True
-        self._awaiting_backward = 1 if self._recomputed else self._awaiting_backward + 1
-        self._recomputed = False
+        own = self._here.awaiting
+        self._awaiting.add(own)
+        own.forwards = 1 if own.recomputed else own.forwards + 1
+        own.recomputed, own.plans = False, call.plans
 
     # Generation
 
@@ -232,11 +308,11 @@ class Planner:
         if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
             if kwargs.setdefault("use_cache", False) is False:
                 logger.warning_once(CHECKPOINTED_GENERATION)
-        self._memories.append(memory)
+        self._here.memories.append(memory)
         try:
             result = base_generate(self.model, *args, **kwargs)
         finally:
-            self._memories.pop()
+            self._here.memories.pop()
         for kept in (cache, getattr(result, "past_key_values", None)):
             if kept is not None and memory.first_edited is not None:
                 self._first_edited[kept] = memory.first_edited

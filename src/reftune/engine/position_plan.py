@@ -35,7 +35,12 @@ class PositionPlan:
             part in the graph, as distributed training wants it).
         row_adapters: in a batch of mixed adapters, the name of each row's adapter.
         directions: which of an edit's r directions act on each row of the batch, (batch, r), by adapter.
+
+    Attributes:
+        adapters: the adapters that edited when the forward began; None: any.
     """
+
+    adapters: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -49,7 +54,7 @@ class PositionPlan:
         self._mask = mask
         self._directions = directions or {}
         self._keep_empty = keep_empty
-        self._row_adapters = row_adapters
+        self.row_adapters = row_adapters
         self._rows: dict[tuple[str, Part, str | None, torch.device], Rows] = {}
 
     def rows(self, positions: Positions, part: Part, hidden: Tensor, adapter: str = "default") -> Rows:
@@ -64,7 +69,7 @@ class PositionPlan:
         Raises:
             ReftuneError: the tensor does not hold this forward's tokens.
         """
-        by_name = self._row_adapters or isinstance(self._mask, Mapping) or isinstance(self, PastPrompt)
+        by_name = self.row_adapters or isinstance(self._mask, Mapping) or isinstance(self, PastPrompt)
         key = (positions.text, part, adapter if by_name else None, hidden.device)
         if key not in self._rows:
             self._rows[key] = self._find(positions, part, hidden, adapter)
@@ -100,8 +105,8 @@ class PositionPlan:
                 "changes the sequence between its input and this site. Pass intervention_mask (batch, sequence) for "
                 "that site."
             )
-        if self._row_adapters:
-            own = rows_of(self._row_adapters, adapter, selected.shape[0], selected.device)
+        if self.row_adapters:
+            own = rows_of(self.row_adapters, adapter, selected.shape[0], selected.device)
             selected = selected & own.unsqueeze(-1)
         if torch.compiler.is_compiling():
             return selected.flatten().to(hidden.device)
@@ -144,10 +149,10 @@ class PastPrompt(PositionPlan):
     def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
         if not positions.generated or part == "prefix" or adapter in self._masked:
             return None
-        if not self._row_adapters:
+        if not self.row_adapters:
             return EVERY_ROW
         tokens = hidden.numel() // hidden.shape[-1] // self._batch
-        own = rows_of(self._row_adapters, adapter, self._batch, hidden.device).repeat_interleave(tokens)
+        own = rows_of(self.row_adapters, adapter, self._batch, hidden.device).repeat_interleave(tokens)
         return own if torch.compiler.is_compiling() else own.nonzero().squeeze(-1)
 
 
