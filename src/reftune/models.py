@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from reftune.errors import ReftuneError
+from reftune.output.files import write_failure
 from reftune.output.json_files import read_json_object
 
 BUNDLED = "smollm2"
@@ -168,9 +169,12 @@ def bundled_folder() -> Path:
             _put_in_place(scratch, target, source)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None or isinstance(error, ReftuneError):
+            raise
         raise ReftuneError(
-            f"cannot write the converted model to {target} ({error}): free about 600 MB there, "
+            f"cannot write the converted model to {target} ({reason}): free about 600 MB there, "
             "or set REFTUNE_CACHE to a folder that can be written"
         ) from error
     return target

@@ -36,7 +36,10 @@ def test_the_newest_complete_checkpoint_is_found(finished: Path) -> None:
         ("rng_state.pth", "cut", "rng_state.pth is damaged"),
         ("trainer_state.json", "cut", "trainer_state.json is damaged"),
         ("trainer_state.json", "remove", "trainer_state.json is missing"),
-        ("adapter_model.safetensors", "remove", "it holds no weights"),
+        ("adapter_model.safetensors", "remove", "adapter_model.safetensors is missing"),
+        ("optimizer.pt", "remove", "optimizer.pt is missing"),
+        ("scheduler.pt", "remove", "scheduler.pt is missing"),
+        ("reftune_state.json", "cut", "reftune_state.json is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(

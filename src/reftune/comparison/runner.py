@@ -27,6 +27,8 @@ from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.output import terminal
 from reftune.output.files import write_text
+from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
+from reftune.output.targets import check_folder_target
 from reftune.runs.output_folder import readable_disk_errors
 from reftune.training.prefix.store import PrefixStore
 
@@ -95,12 +97,18 @@ def run_comparison(
         raise ReftuneError("share_prefixes: prefixes are shared within one process; run in this process.")
     console = console or terminal.console(stderr=True)
     wanted = {recipe.method(name).name for name in only} or {method.name for method in recipe.methods}
+    shared = recipe.shared
+    check_folder_target(
+        recipe.folder, "output=", (RECIPE_FILE, "runs/*/seed*", LOCK_FILE), [shared.train_file, shared.eval_file],
+        shared.model,
+    )  # fmt: skip
+    refuse_if_locked(recipe.folder)
     checked = check_comparison(recipe)
     done, waiting = _sort_out(recipe, checked)
     failed: dict[str, str] = {}
     todo = [] if report_only else [run for run in waiting if run[0].name in wanted]
     if todo:
-        with readable_disk_errors(recipe.folder):
+        with readable_disk_errors(recipe.folder), only_writer(recipe.folder):
             recipe.folder.mkdir(parents=True, exist_ok=True)
             write_text(recipe.folder / RECIPE_FILE, _header(recipe) + recipe.to_yaml())
             runs = [run for run in recipe.runs() if run[0].name in wanted]

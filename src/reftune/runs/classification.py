@@ -30,7 +30,8 @@ from reftune.evaluation.classification import (
 )
 from reftune.inference.classifying import EditedClassifier, describe_labels
 from reftune.output.files import write_text
-from reftune.runs.output_folder import check_output, readable_disk_errors
+from reftune.runs.fingerprint import base_digest, fingerprint
+from reftune.runs.output_folder import check_output, held_output, readable_disk_errors
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
 from reftune.training.row_lengths import check_row_lengths
@@ -55,8 +56,7 @@ class ClassificationData:
 
 def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
     """Train a classifier as the recipe says and write the output folder; errors as for `runs.run_training`."""
-    output = Path(recipe.output).expanduser()
-    checkpoint = check_output(recipe, output)
+    place = check_output(recipe)
     data = read_classification_data(recipe)
     scheme = data.scheme
     measures = measures_for(scheme, recipe.glue, recipe.metric)
@@ -74,6 +74,7 @@ def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
         new_weights=new_weights,
     )
     describe_labels(base, scheme)
+    digest = base_digest(base)
     head = head_modules(base, new_weights)
     model = get_peft_model(base, recipe.adapter_config([name for name in head if name not in _PEFTS_OWN]))
     if not isinstance(model, PeftModel):
@@ -81,24 +82,25 @@ def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
     train_set, eval_set = (encode_texts(rows, recipe, tokenizer, scheme) for rows in (data.train, data.validation))
     for rows in (train_set, eval_set):
         check_row_lengths(model, rows)
-    begin_training(recipe, output, checkpoint, train_set, tokenizer, console)
     best: dict[str, Any] = (
         {"metric_for_best_model": f"eval_{measures.main}", "greater_is_better": True} if data.validation else {}
     )
-    trainer = ReftTrainer(
-        model=model,
-        args=training_arguments(recipe, output, len(train_set), bool(data.validation), **best),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        compute_metrics=compute_metrics(measures, scheme),
-    )
-    trainer.prefixes.switch_off(_NO_PREFIXES)
-    train_until_done(trainer, recipe, output, checkpoint)
-    classifier = EditedClassifier(
-        trainer.model, tokenizer, scheme, recipe.max_length, recipe.glue, recipe.metric, output
-    )
-    return write_results(recipe, output, trainer, _report(classifier, data, trainer, recipe), tokenizer)
+    with held_output(recipe, place):
+        trainer = ReftTrainer(
+            model=model,
+            args=training_arguments(recipe, place.folder, len(train_set), bool(data.validation), **best),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics(measures, scheme),
+        )
+        trainer.prefixes.switch_off(_NO_PREFIXES)
+        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, digest), console)
+        train_until_done(trainer, recipe, place)
+        classifier = EditedClassifier(
+            trainer.model, tokenizer, scheme, recipe.max_length, recipe.glue, recipe.metric, place.folder
+        )
+        return write_results(recipe, place, trainer, _report(classifier, data, trainer, recipe), tokenizer)
 
 
 def read_classification_data(recipe: TrainRecipe) -> ClassificationData:

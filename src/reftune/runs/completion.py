@@ -13,7 +13,8 @@ from rich.console import Console
 from reftune import models
 from reftune.data.formats import Example, read_examples
 from reftune.data.splitting import split_rows
-from reftune.runs.output_folder import check_output
+from reftune.runs.fingerprint import base_digest, fingerprint
+from reftune.runs.output_folder import check_output, held_output
 from reftune.runs.recipe import DEMO_DATA, TrainRecipe
 from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
 from reftune.training.row_lengths import check_row_lengths
@@ -22,29 +23,30 @@ from reftune.training.trainer import ReftTrainer
 
 def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
     """Train on completions as the recipe says and write the output folder; errors as for `run_training`."""
-    output = Path(recipe.output).expanduser()
-    checkpoint = check_output(recipe, output)
+    place = check_output(recipe)
     train_rows, eval_rows = read_data(recipe)
     transformers.set_seed(recipe.seed)
     name = recipe.full_path("model")  # a relative folder in the adapter's configuration would be found from here alone
     base, tokenizer = models.load(name, recipe.dtype, recipe.device, quantization=recipe.quantization)
+    digest = base_digest(base)
     model = get_peft_model(base, recipe.adapter_config())
     if not isinstance(model, PeftModel):
         raise TypeError(f"get_peft_model returned a {type(model).__name__}")
     train_set, eval_set = (encode_rows(rows, recipe, tokenizer) for rows in (train_rows, eval_rows))
     for rows in (train_set, eval_set):
         check_row_lengths(model, rows)
-    begin_training(recipe, output, checkpoint, train_set, tokenizer, console)
-    trainer = ReftTrainer(
-        model=model,
-        args=training_arguments(recipe, output, len(train_set), bool(eval_rows)),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-    )
-    train_until_done(trainer, recipe, output, checkpoint)
-    metrics = {**trainer.report(), "train_rows": len(train_rows), "eval_rows": len(eval_rows)}
-    return write_results(recipe, output, trainer, metrics, tokenizer)
+    with held_output(recipe, place):
+        trainer = ReftTrainer(
+            model=model,
+            args=training_arguments(recipe, place.folder, len(train_set), bool(eval_rows)),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+        )
+        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, digest), console)
+        train_until_done(trainer, recipe, place)
+        metrics = {**trainer.report(), "train_rows": len(train_rows), "eval_rows": len(eval_rows)}
+        return write_results(recipe, place, trainer, metrics, tokenizer)
 
 
 def read_data(recipe: TrainRecipe) -> tuple[list[Example], list[Example]]:

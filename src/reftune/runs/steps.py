@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from transformers import get_scheduler
 
 from reftune.data.showing import show_examples
 from reftune.engine.positions import parse_positions
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
+from reftune.runs.fingerprint import check_resumed
 from reftune.runs.model_card import model_card
 from reftune.runs.output_folder import (
     CARD_FILE,
     CURVE_FILE,
     METRICS_FILE,
+    OutputPlace,
     begin_output,
+    publish_run,
     readable_disk_errors,
     save_adapter,
+    write_recipe,
 )
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.checkpoints import last_complete_checkpoint
-from reftune.training.plots import plot_loss
 from reftune.training.trainer import ReftTrainer
+
+_WATCHING = ("greedy", "reduce_lr_on_plateau")
+"""Schedules that go by the held-out loss."""
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -46,43 +58,81 @@ class TrainedRun:
 
 
 def begin_training(
-    recipe: TrainRecipe, output: Path, checkpoint: str | None, train_set: Any, tokenizer: Any, console: Console
+    recipe: TrainRecipe, place: OutputPlace, trainer: ReftTrainer, found: Mapping[str, str], console: Console
 ) -> None:
-    """Show the rows that were asked for and begin the output folder (see `begin_output`)."""
+    """Refuse what cannot be trained, show the rows that were asked for and begin the output folder.
+
+    Args:
+        recipe: the recipe.
+        place: where it writes.
+        trainer: ready to train.
+        found: see `runs.fingerprint.fingerprint`.
+        console: where rows are shown.
+
+    Raises:
+        ReftuneError: a run that is resumed with other settings, or an optimiser or schedule that does not work here.
+    """
+    if place.checkpoint is not None:
+        check_resumed(recipe, place.folder, found)
+    _check_optimizer(trainer, recipe)
     if recipe.show:
         positions = parse_positions(recipe.positions)
-        show_examples(train_set, tokenizer, positions.ordinals, recipe.show, console)
-    with readable_disk_errors(output):
-        begin_output(recipe, output, fresh=checkpoint is None)
+        tokenizer: Any = trainer.processing_class
+        show_examples(trainer.train_dataset, tokenizer, positions.ordinals, recipe.show, console)
+    with readable_disk_errors(place.output):
+        begin_output(recipe, place, found)
 
 
-def train_until_done(trainer: ReftTrainer, recipe: TrainRecipe, output: Path, checkpoint: str | None) -> None:
+def _check_optimizer(trainer: ReftTrainer, recipe: TrainRecipe) -> None:
+    """Take a step of optimiser and schedule on a parameter of no use: some need packages, devices or more settings."""
+    try:
+        kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        parameter = torch.nn.Parameter(torch.zeros(4, 4, device=trainer.args.device))
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = kind([parameter], **settings)
+        scheduler = get_scheduler(recipe.schedule, optimizer, 0, 10, trainer.args.lr_scheduler_kwargs)
+        optimizer.step()
+        if recipe.schedule not in _WATCHING:
+            scheduler.step()
+    except Exception as error:  # whatever a package that is missing, or a device, leads it to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        named = f"optimizer={recipe.optimizer!r}, " if recipe.optimizer else ""
+        raise ReftuneError(
+            f"{named}schedule={recipe.schedule!r} cannot be trained with here ({reason}): use adamw_torch and linear, "
+            "cosine or constant."
+        ) from None
+
+
+def train_until_done(trainer: ReftTrainer, recipe: TrainRecipe, place: OutputPlace) -> None:
     """Train, and leave the model in evaluation mode.
 
     Raises:
         TrainingInterrupted: after Ctrl-C.
     """
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=place.checkpoint)
     except KeyboardInterrupt as interrupt:
-        raise TrainingInterrupted(_how_to_go_on(recipe, output)) from interrupt
+        raise TrainingInterrupted(_how_to_go_on(recipe, place)) from interrupt
     trainer.model.eval()
 
 
 def write_results(
-    recipe: TrainRecipe, output: Path, trainer: ReftTrainer, metrics: dict[str, Any], tokenizer: Any
+    recipe: TrainRecipe, place: OutputPlace, trainer: ReftTrainer, metrics: dict[str, Any], tokenizer: Any
 ) -> TrainedRun:
     """Write adapter, curve, card and, last, the metrics: `metrics.json` says that the run is whole."""
+    output = place.folder
     model = trainer.model
     unit = "loss" if recipe.task == "classification" else "loss (nats per completion token)"
     with readable_disk_errors(output):
         save_adapter(model, output)
-        plot_loss(trainer.state.log_history, output / CURVE_FILE, unit)
+        _draw_curve(trainer, output / CURVE_FILE, unit)
+        write_recipe(recipe, output)
         write_text(output / CARD_FILE, model_card(recipe, metrics, tokenizer))
         write_text(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+        publish_run(place)
     encoding = within_context(recipe.encoding(tokenizer), model.get_base_model())
-    edited = EditedModel(model, tokenizer, encoding, output)
-    return TrainedRun(output, metrics, edited, [e["loss"] for e in trainer.state.log_history if "loss" in e])
+    edited = EditedModel(model, tokenizer, encoding, place.output)
+    return TrainedRun(place.output, metrics, edited, [e["loss"] for e in trainer.state.log_history if "loss" in e])
 
 
 def training_arguments(
@@ -97,6 +147,10 @@ def training_arguments(
         evaluates: whether to evaluate and save after each epoch, and keep the best.
         **others: arguments that win over these.
     """
+    if recipe.schedule in _WATCHING and not evaluates:
+        raise ReftuneError(
+            f"schedule={recipe.schedule!r} goes by the held-out loss: give --eval-file or --eval-fraction, or another."
+        )
     steps = max(1, -(-rows // (recipe.batch_size * recipe.gradient_accumulation))) * recipe.epochs
     report_to = [name for name, on in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)) if on]
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"} if evaluates else {}
@@ -146,8 +200,20 @@ def _report_to(wanted: list[str]) -> Any:
     return wanted or "none"
 
 
-def _how_to_go_on(recipe: TrainRecipe, output: Path) -> str:
-    last = last_complete_checkpoint(output)
+def _draw_curve(trainer: ReftTrainer, path: Path, unit: str) -> None:
+    """Draw the losses; a picture that cannot be drawn loses nobody a run."""
+    try:
+        from reftune.training.plots import plot_loss
+
+        plot_loss(trainer.state.log_history, path, unit)
+    except OSError:
+        raise
+    except Exception as error:  # matplotlib, installed in part or in a wrong version, raises anything
+        logger.warning("No loss curve was drawn: %s: %s", type(error).__name__, error)
+
+
+def _how_to_go_on(recipe: TrainRecipe, place: OutputPlace) -> str:
+    last = last_complete_checkpoint(place.folder)
     if last is None:
         return "Interrupted before the first checkpoint; nothing was saved."
     return f"Interrupted. Saved: {last}. Go on with: reftune train {recipe.output}/{RUN_FILE} --resume"

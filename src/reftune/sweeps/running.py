@@ -17,7 +17,9 @@ from rich.console import Console
 from reftune.errors import ReftuneError
 from reftune.output import terminal
 from reftune.output.files import write_text
-from reftune.runs.output_folder import begin_output, readable_disk_errors
+from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
+from reftune.output.targets import check_folder_target
+from reftune.runs.output_folder import OutputPlace, begin_output, readable_disk_errors
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.steps import write_results
 from reftune.sweeps.progress import SweepProgress
@@ -75,21 +77,25 @@ def run_sweep(sweep: SweepRecipe, more: int | None = None, console: Console | No
     require_packages()
     console = console or terminal.console(stderr=True)
     folder = Path(sweep.base.output).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ReftuneError(f"output={sweep.base.output!r} is a file; name a folder.")
+    base = sweep.base
+    check_folder_target(
+        folder, "output=", (JOURNAL_FILE, BEST_RECIPE, LOCK_FILE), [base.train_file, base.eval_file, sweep.source],
+        base.model,
+    )  # fmt: skip
+    refuse_if_locked(folder)
     store = PrefixStore()
     try:
         runner = TrialRunner(sweep, store)
         identity = _identity(sweep, runner)
         runner.check()
-        with readable_disk_errors(folder):
-            if sweep.base.overwrite:
-                _forget(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            study = Study(sweep, folder, identity)
-        wanted = len(study.trials()) + more if more is not None else sweep.options.trials
-        _Sweep(sweep, folder, study, runner, console).go_on(wanted)
-        return _conclude(sweep, folder, study)
+        with only_writer(folder):
+            with readable_disk_errors(folder):
+                if base.overwrite:
+                    _forget(folder)
+                study = Study(sweep, folder, identity)
+            wanted = len(study.trials()) + more if more is not None else sweep.options.trials
+            _Sweep(sweep, folder, study, runner, console).go_on(wanted)
+            return _conclude(sweep, folder, study)
     finally:
         store.close()
 
@@ -169,8 +175,9 @@ class _Sweep:
         best = replace(recipe, output=str(self._folder / BEST_FOLDER), overwrite=False)
         folder = Path(best.output)
         with readable_disk_errors(self._folder):
-            begin_output(best, folder, fresh=True)
-            write_results(best, folder, done.trainer, {**done.metrics, "trial": number}, done.tokenizer)
+            place = OutputPlace(folder, folder / ".new", None)
+            begin_output(best, place, {})
+            write_results(best, place, done.trainer, {**done.metrics, "trial": number}, done.tokenizer)
             loss = done.metrics["eval_loss"]
             head = f"# Trial {number} of the sweep in {self._sweep.base.output}: held-out loss {loss:.4f}.\n"
             how = f"#   reftune train {self._folder / BEST_RECIPE}\n"

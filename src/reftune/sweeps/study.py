@@ -59,8 +59,17 @@ class Study:
         self._seed = sweep.base.seed
         self._drawn_first = min(_DRAWN_FIRST, max(1, sweep.options.trials // 3))
         journal = folder / JOURNAL_FILE
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        self.study: Any = optuna.create_study(storage=storage, study_name=_NAME, load_if_exists=True)
+        try:
+            storage = JournalStorage(JournalFileBackend(str(journal)))
+            self.study: Any = optuna.create_study(storage=storage, study_name=_NAME, load_if_exists=True)
+            self.study.get_trials(deepcopy=False)
+        except OSError:
+            raise
+        except Exception as error:  # whatever Optuna meets in a line that is not its own
+            raise ReftuneError(
+                f"{journal} is damaged ({type(error).__name__}: {str(error).splitlines()[:1]}): start again with "
+                "--overwrite, or name another output."
+            ) from None
         before = self.study.user_attrs.get("identity")
         if before is None:
             self.study.set_user_attr("identity", dict(identity))

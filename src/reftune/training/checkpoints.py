@@ -7,8 +7,6 @@ by their content.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
 import shutil
@@ -21,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 from reftune.errors import ReftuneError
+from reftune.output.files import write_failure
+from reftune.output.json_files import read_json_object
 
 RUN_STATE_NAME = "reftune_state.json"
 """What our trainer needs besides transformers' files to go on exactly: see `ReftTrainer`."""
@@ -30,7 +30,6 @@ UNFINISHED = ".unfinished-checkpoint"
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _REPLACED = ".replaced-"
-_WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "os error", "file write failed")
 
 
 def incomplete_reason(folder: str | os.PathLike[str]) -> str | None:
@@ -39,12 +38,21 @@ def incomplete_reason(folder: str | os.PathLike[str]) -> str | None:
     if not path.is_dir():
         return "there is no such folder"
     state = path / TRAINER_STATE_NAME
-    try:
-        json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    except FileNotFoundError:
+    if not state.is_file():
         return f"{TRAINER_STATE_NAME} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    try:
+        int(read_json_object(state)["global_step"])
+    except (ReftuneError, KeyError, TypeError, ValueError):
         return f"{TRAINER_STATE_NAME} is damaged"
+    try:
+        record = read_json_object(path / RUN_STATE_NAME) if (path / RUN_STATE_NAME).is_file() else {}
+    except ReftuneError:
+        return f"{RUN_STATE_NAME} is damaged"
+    for name, size in record.get("files", {}).items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{name} is damaged"
     weights = [*path.glob("*.safetensors"), *path.glob("*/adapter_model.safetensors")]
     others = [*path.glob("adapter_model.bin"), *path.glob("pytorch_model*"), *path.glob("global_step*")]
     if not weights and not others:
@@ -56,9 +64,27 @@ def incomplete_reason(folder: str | os.PathLike[str]) -> str | None:
         except (SafetensorError, OSError):
             return f"{file.relative_to(path)} is damaged"
     for file in sorted([*path.glob("*.pt"), *path.glob("*.pth")]):
-        if not zipfile.is_zipfile(file):  # torch.save's index is at the end: a file cut short has none
+        if not _is_whole_zip(file):
             return f"{file.name} is damaged"
     return None
+
+
+def written_files(folder: Path) -> dict[str, int]:
+    """The files of a checkpoint with their sizes in bytes, for its record; the states are written later."""
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name not in (TRAINER_STATE_NAME, RUN_STATE_NAME)
+    }
+
+
+def _is_whole_zip(file: Path) -> bool:
+    """Whether every entry of a file that torch.save wrote is there and has its checksum."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            return opened.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -71,6 +97,12 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         if incomplete_reason(entry) is None:
             return str(entry)
     return None
+
+
+def damaged_checkpoints(output_dir: str | os.PathLike[str]) -> list[tuple[Path, str]]:
+    """The ``checkpoint-N`` of a folder that cannot be resumed from, each with the reason."""
+    reasons = [(entry, incomplete_reason(entry)) for entry in sorted(Path(output_dir).glob("checkpoint-*"))]
+    return [(entry, reason) for entry, reason in reasons if reason is not None]
 
 
 def require_complete(folder: str | os.PathLike[str]) -> None:
@@ -120,10 +152,10 @@ def readable_write_errors(run_dir: str, unfinished: str | None) -> Iterator[None
     except BaseException as error:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
-        if not _is_write_failure(error):
+        reason = write_failure(error)
+        if reason is None:
             raise
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        reason = "the disk is full" if full or _nearly_full(run_dir) else str(error).split("\n")[0]
+        reason = "the disk is full" if _nearly_full(run_dir) else reason
         last = last_complete_checkpoint(run_dir)
         kept = (
             f"The checkpoint {last} is complete: make room and resume from it"
@@ -131,12 +163,6 @@ def readable_write_errors(run_dir: str, unfinished: str | None) -> Iterator[None
             else "Make room, or choose another folder"
         )
         raise ReftuneError(f"Could not write a checkpoint to {run_dir}: {reason}. {kept}.") from error
-
-
-def _is_write_failure(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return True
-    return isinstance(error, (RuntimeError, SafetensorError)) and any(word in str(error) for word in _WRITE_FAILURES)
 
 
 def _nearly_full(folder: str) -> bool:

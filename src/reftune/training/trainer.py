@@ -27,6 +27,7 @@ from reftune.training.checkpoints import (
     publish,
     readable_write_errors,
     require_complete,
+    written_files,
 )
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.loss import IGNORED_LABEL, completion_loss
@@ -95,6 +96,7 @@ class ReftTrainer(Trainer):
         self._unfinished: str | None = None
         self._resumed_from: str | None = None
         self._saved_step: int | None = None
+        self._diverged: Tensor | None = None  # whether a loss was not finite since the last look
         self._loss_before = (0.0, 0)  # summed training loss and steps of the runs that this one resumes
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
@@ -172,7 +174,10 @@ class ReftTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; its tokens are counted."""
         self.throughput.count(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        wrong = ~torch.isfinite(loss.detach()).all()
+        self._diverged = wrong if self._diverged is None else self._diverged | wrong
+        return loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -262,6 +267,29 @@ class ReftTrainer(Trainer):
         self._loss_before = (record["loss_sum"], self.state.global_step)
         self.throughput.begin(record["throughput"], epoch_is_over=float(self.state.epoch or 0).is_integer())
 
+    def refuse_divergence(self, control: TrainerControl) -> None:
+        """After a step: stop before anything is logged or saved of a training that has come to nothing.
+
+        Raises:
+            ReftuneError: the loss or a trained parameter is no finite number.
+        """
+        looks = control.should_log or control.should_save or control.should_evaluate or control.should_epoch_stop
+        if self._diverged is None or not (looks or self._diverged.device.type == "cpu"):
+            return  # looking waits for the device
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # float16: such steps are skipped
+        what = "the loss" if bool(self._diverged) and not scaled else ""
+        self._diverged = None
+        if not what:
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            what = next((n for n, p in trained if not bool(torch.isfinite(p.detach()).all())), "")
+        if what:
+            last = last_complete_checkpoint(self.args.output_dir)
+            kept = f"; {last} is from before it" if last else ""
+            raise ReftuneError(
+                f"Training diverged: at step {self.state.global_step} {what} is not a finite number{kept}. Lower the "
+                f"learning rate ({self.args.learning_rate:g}), warm it up, or use float32."
+            )
+
     def epoch_begins(self) -> None:
         """Choose the epoch's row order (accelerate does so on one process, not through every wrapper on several)."""
         if self._sampler is not None:
@@ -318,6 +346,8 @@ class ReftTrainer(Trainer):
             record = self._run_record()
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+                if beside is not None:
+                    record["files"] = written_files(Path(written))
                 Path(written, RUN_STATE_NAME).write_text(json.dumps(record), encoding="utf-8")
             self._wait_for_all()
             if beside is not None and self.args.should_save:
@@ -406,6 +436,9 @@ class _TrainBegins(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         retract_shards(self._trainer.model)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.refuse_divergence(control)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.epoch_begins()

@@ -38,7 +38,7 @@ def base_identity(model: nn.Module) -> bytes:
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:
             if not any(name.startswith(edit) for edit in edits):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_values(tensor)}".encode())
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_values(tensor)}".encode())
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, Intervention):
             state = [getattr(module, what, None) for what in ("active_adapters", "disable_adapters", "merged")]
@@ -46,7 +46,8 @@ def base_identity(model: nn.Module) -> bytes:
     return digest.digest()
 
 
-def _values(tensor: Tensor) -> tuple[Any, ...]:
+def tensor_values(tensor: Tensor) -> tuple[Any, ...]:
+    """The sum of a tensor's bits and some of its values: enough to tell weights apart."""
     if tensor.is_meta or tensor.numel() == 0:
         return ()
     found = tensor.detach()

@@ -1,0 +1,88 @@
+"""What a run was trained on and with: a resumed run must be the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from reftune.errors import ReftuneError
+from reftune.output.json_files import read_json_object
+from reftune.runs.recipe import RUN_FILE, TrainRecipe, recipe_fields
+from reftune.runs.recipe_values import read_yaml
+from reftune.training.prefix.base_identity import tensor_values
+
+FINGERPRINT_FILE = "fingerprint.json"
+_HARMLESS = (
+    "test_file", "device", "gradient_checkpointing", "prefix_reuse", "epochs", "log_every", "output", "resume",
+    "overwrite", "show", "tensorboard", "wandb",
+)  # fmt: skip
+"""Fields that a resumed run may change: they do not change the steps that are done (more epochs come after them)."""
+_DIGESTED = {"train_file": "training rows", "eval_file": "held-out rows", "model": "base model's weights"}
+"""Fields whose content counts rather than their name, and what the content is called."""
+
+
+def fingerprint(train_set: Any, eval_set: Any, base: str) -> dict[str, str]:
+    """Digests of what a recipe only names, by field.
+
+    Args:
+        train_set: the tokenised rows.
+        eval_set: the held-out ones, or None.
+        base: see `base_digest`.
+    """
+    return {"train_file": _rows_digest(train_set), "eval_file": _rows_digest(eval_set), "model": base}
+
+
+def base_digest(base: nn.Module) -> str:
+    """A digest of a base model's weights, before anything is attached to it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in base.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_values(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def write_fingerprint(folder: Path, found: Mapping[str, str]) -> None:
+    """Write it beside `run.yaml`."""
+    from reftune.output.files import write_text
+
+    write_text(folder / FINGERPRINT_FILE, json.dumps(found, indent=2) + "\n")
+
+
+def check_resumed(recipe: TrainRecipe, folder: Path, found: Mapping[str, str]) -> None:
+    """Compare what is asked with what the run in a folder was trained with.
+
+    Raises:
+        ReftuneError: naming what differs, with both values.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return
+    before = {item.name: item.default for item in recipe_fields()} | read_yaml(folder / RUN_FILE)
+    now: dict[str, Any] = yaml.safe_load(recipe.to_yaml())
+    recorded: dict[str, Any] = {}
+    if (folder / FINGERPRINT_FILE).is_file():
+        recorded = read_json_object(folder / FINGERPRINT_FILE, "train again, without --resume")
+    by_content = set(_DIGESTED) & set(recorded)
+    differ = {name for name in by_content if recorded[name] != found[name]}
+    changed = [f"other {what}" for name, what in _DIGESTED.items() if name in differ]
+    changed += [
+        f"{name}={before.get(name)!r} before, {now[name]!r} now"
+        for name in now
+        if name not in _HARMLESS and name not in by_content and before.get(name) != now[name]
+    ]
+    if changed:
+        raise ReftuneError(
+            f"resume: {folder} holds a run of something else ({'; '.join(changed)}): ask for what it was trained with, "
+            "or train without --resume, into another folder or with --overwrite."
+        )
+
+
+def _rows_digest(rows: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in [] if rows is None else rows.iter(batch_size=1000):
+        digest.update(repr(sorted(batch.items())).encode())
+    return digest.hexdigest()
