@@ -24,8 +24,9 @@ NO_PROMPT_UNCACHED = (
     "model.generate(...)."
 )
 PACKED_GENERATION = (
-    "generate_batch (continuous batching) packs the rows of several requests and does not say where their prompts end. "
-    "Use model.generate(...) with a padded batch, or positions='all'."
+    "This packed forward (continuous batching) does not say where the prompts of its requests end: its manager was made "
+    "before the edits were. Make a new one with model.init_continuous_batching(...) or call "
+    "model.generate_batch(...)."
 )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reftune.edits import make_edit
+from reftune.engine.batching import GenerateBatch, InitContinuousBatching
 from reftune.engine.forwards import accepts_any_keyword
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.planning import Planner
@@ -72,8 +73,8 @@ class EditSpec:
 class _Generate:
     """Stands in for ``model.generate`` while edits are attached (docs/decisions/0002), and is removed with them."""
 
-    def __init__(self, planner: Planner):
-        self.planner = planner
+    def __init__(self, engine: Engine):
+        self.planner = engine.planner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.planner.generate(*args, **kwargs)
@@ -82,6 +83,13 @@ class _Generate:
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(type(self.planner.model).generate)  # type: ignore[attr-defined]
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+_STAND_INS: dict[str, type[Any]] = {
+    "generate": _Generate,
+    "init_continuous_batching": InitContinuousBatching,
+    "generate_batch": GenerateBatch,
+}
 
 
 class Engine:
@@ -173,6 +181,10 @@ class Engine:
         """Names of the adapters present."""
         return list(dict.fromkeys(name for found in self.interventions.values() for name in found.placements))
 
+    def placements(self, name: str) -> list[Placement]:
+        """Where an adapter edits."""
+        return [found.placements[name] for found in self.interventions.values() if name in found.placements]
+
     def edits(self, name: str) -> dict[str, nn.Module]:
         """An adapter's edits by block path (``<path>:suffix`` for the second of an untied pair)."""
         return {
@@ -196,11 +208,19 @@ class Engine:
             yield
             return
         names = list(row_adapters)
+        self.check_names(names)
+        with self.planner.mixed(names):
+            yield
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse names of adapters that are not on this model.
+
+        Raises:
+            ReftuneError: one that is neither an adapter nor ``"__base__"``.
+        """
         unknown = sorted(set(names) - set(self.adapter_names()) - {BASE_ROW})
         if unknown:
             raise ReftuneError(f"adapter_names: {unknown} not on this model, which has {self.adapter_names()}.")
-        with self.planner.mixed(names):
-            yield
 
     def active_positions(self) -> dict[str, Positions]:
         """Positions of the adapters that edit now."""
@@ -226,12 +246,15 @@ class Engine:
             for handle in self._handles.pop(key):
                 handle.remove()
         if not wanted:
-            if own.pop(ENGINE, None) is not None and isinstance(own.get("generate"), _Generate):
-                del own["generate"]
+            if own.pop(ENGINE, None) is not None:
+                for name, stand_in in _STAND_INS.items():
+                    if isinstance(own.get(name), stand_in):
+                        del own[name]
             return
         own[ENGINE] = self
-        if hasattr(type(self.model), "generate") and "generate" not in own:
-            own["generate"] = _Generate(self.planner)
+        for name, stand_in in _STAND_INS.items():
+            if hasattr(type(self.model), name) and name not in own:
+                own[name] = stand_in(self)
         for key, install in wanted.items():
             if key not in self._handles:
                 self._handles[key] = install()

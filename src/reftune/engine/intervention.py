@@ -60,7 +60,7 @@ class Intervention(nn.Module):
         if self._disable_adapters:
             return []
         if row_adapters is not None:
-            return [name for name in list(self.placements) if name in row_adapters]
+            return [name for name in dict.fromkeys(row_adapters) if name in self.placements]
         names = [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
         return [name for name in names if name in self.placements and name not in self.paused]
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reftune.engine.position_plan import PositionPlan, Rows
+from reftune.engine.position_plan import NOTHING, PositionPlan, Rows
 from reftune.engine.positions import Part, Positions
-from reftune.engine.row_plan import EditedRange, Run, Tokens, edited_ranges, edited_runs, edits_inside
+from reftune.engine.row_plan import EditedRange, Run, Tokens, edited_runs, edits_inside
 from reftune.errors import ReftuneError
 
 SPANS = "_reftune_spans"
@@ -111,7 +111,7 @@ def keyed(carried: Carried, tokens: list[int], size: int) -> list[int]:
 
 
 class PackedPlan(PositionPlan):
-    """The plan of a packed forward, for the engine's own edits: each request names its adapters.
+    """The plan of a packed forward whose requests name adapters of the engine.
 
     Args:
         spans: what lies in the batch.
@@ -122,6 +122,11 @@ class PackedPlan(PositionPlan):
         self._runs = packed_runs(spans)
         names = dict.fromkeys(edits.adapter for span in spans for edits in span.carried.edits)
         super().__init__(None, None, False, list(names))
+
+    @property
+    def edits_anything(self) -> bool:
+        """Whether any token is edited."""
+        return bool(self._runs)
 
     def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
         tokens, held = sum(span.scheduled for span in self._spans), hidden.numel() // hidden.shape[-1]
@@ -138,6 +143,12 @@ class PackedPlan(PositionPlan):
             for row in range(run.start, run.stop)
         ]
         return torch.tensor(rows, device=hidden.device) if rows else None
+
+
+def packed_plan(spans: Sequence[Span]) -> PositionPlan | None:
+    """The plan of a packed forward, for the engine's own edits."""
+    plan = PackedPlan(spans)
+    return plan if plan.edits_anything else NOTHING
 
 
 def spans_of(kwargs: dict[str, Any]) -> list[Span] | None:
@@ -198,6 +209,7 @@ def carry(manager: Any, carried_by: Callable[[Sequence[int]], Carried]) -> Any:
     add = type(manager).add_request
 
     def add_request(input_ids: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        check_prompt(input_ids, manager.num_return_sequences)
         if CARRIED not in kwargs:
             kwargs[CARRIED] = carried_by(input_ids)
         return add(manager, list(input_ids), *args, **kwargs)
@@ -206,20 +218,17 @@ def carry(manager: Any, carried_by: Callable[[Sequence[int]], Carried]) -> Any:
     return manager
 
 
-def carried_names(names: Sequence[str], prompt: int, placements: Any, key_of: Callable[[str], str]) -> Carried:
-    """What a request of the engine's own adapters carries.
+def check_prompt(prompt: Sequence[int], answers: int) -> None:
+    """Refuse a prompt on which transformers' loop stops, with every request that it holds.
 
-    Args:
-        names: of the adapters that edit it, in order.
-        prompt: tokens of its prompt.
-        placements: gives an adapter's positions, and whether its pair is untied.
-        key_of: names an adapter's weights and strength.
+    Raises:
+        ReftuneError: a prompt without tokens, or one token with several answers.
     """
-    edits = []
-    for name in names:
-        positions, untied = placements(name)
-        edits.append(CarriedEdits(name, edited_ranges(positions, prompt, untied), key_of(name)))
-    return Carried(tuple(edits))
+    if len(prompt) <= (answers > 1):
+        raise ReftuneError(
+            f"a prompt of {len(prompt)} tokens with num_return_sequences={answers}: transformers' continuous batching "
+            "needs one token, and two where it returns several answers. Give the prompt as often as answers are wanted."
+        )
 
 
 WITHOUT_SEAM = (

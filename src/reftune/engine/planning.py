@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
+from reftune.engine.packed import packed_plan, spans_of
 from reftune.engine.position_plan import NOTHING, Mask, PositionPlan
 from reftune.engine.positions import Positions
 from reftune.engine.prompt_memory import PromptMemory
@@ -161,7 +162,10 @@ class Planner:
         kwargs = {name: value for name, value in kwargs.items() if name not in CALL_ARGUMENTS}
         active = self.active_positions()
         ours["directions"] = by_adapter(ours.pop("intervention_directions", None), active)
-        if active:
+        spans = spans_of(kwargs)
+        if spans is not None:
+            call.plans[""] = packed_plan(spans)
+        elif active:
             arguments = bind(module, args, kwargs)
             for stack, role in self._roles(module).items():
                 plan = call.plans[stack] = self._plan(module, arguments, role, active, **ours)
