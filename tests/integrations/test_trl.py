@@ -1,4 +1,4 @@
-"""ReFT under TRL's own trainers: SFT padded, packed and padding-free, and DPO against the disabled adapter."""
+"""ReFT under TRL's own trainers: SFT padded, packed and padding-free, DPO against the disabled adapter, GRPO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import reftune
 from reftune.engine.hooks import Engine
@@ -122,3 +122,51 @@ def test_dpo_prefers_the_chosen_answer_against_the_disabled_adapter(tmp_path, ti
         "two tokens of four chosen and four rejected rows; none in reference"
     )
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize("positions", ["l1+generated", "f2+l3"])
+def test_grpo_rolls_out_the_edited_model_under_continuous_batching(tmp_path, tiny_tokenizer, positions: str):
+    """The log-probabilities that the rollout saw are those of the training forward, which reads prompts from labels."""
+    model = TINY["llama"]()
+    rollouts: list[Any] = []
+    trainer = GRPOTrainer(
+        model,  # type: ignore[arg-type]
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=GRPOConfig(
+            **common(tmp_path, max_steps=2, save_strategy="no"), num_generations=2, max_completion_length=6, beta=0.0,
+            use_transformers_continuous_batching=True,
+            transformers_continuous_batching_config={
+                "num_blocks": 64, "page_size": 8, "max_batch_tokens": 256, "return_logprobs": True,
+            },
+        ),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
+        processing_class=tiny_tokenizer,
+        peft_config=config(positions=positions, share_weights=positions != "f2+l3"),
+    )  # fmt: skip
+    own = trainer.model.get_base_model()
+    batch = own.generate_batch
+    own.generate_batch = lambda *args, **kwargs: rollouts.append(batch(*args, **kwargs)) or rollouts[-1]
+    seen: list[dict[str, Any]] = []
+    score = trainer._get_per_token_logps_and_entropies
+
+    def scored(model: Any, ids: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        found = score(model, ids, mask, *args, **kwargs)
+        with model.disable_adapter():
+            plain = score(model, ids, mask, *args, **kwargs)
+        seen.append({"ids": ids, "logps": found[0].detach(), "plain": plain[0].detach()})
+        return found
+
+    trainer._get_per_token_logps_and_entropies = scored
+    trainer.train()
+    compared = 0
+    for rollout, step in zip(rollouts, seen, strict=True):
+        for result in rollout.values():
+            answer, whole = result.generated_tokens, [*result.prompt_ids, *result.generated_tokens]
+            for ids, logps, plain in zip(step["ids"].tolist(), step["logps"], step["plain"], strict=True):
+                begin = next(place for place, token in enumerate(ids) if token != tiny_tokenizer.pad_token_id)
+                if ids[begin : begin + len(whole)] == whole:
+                    expected = torch.tensor(result.logprobs)
+                    torch.testing.assert_close(logps[: len(answer)], expected, rtol=1e-4, atol=1e-4)
+                    assert not torch.allclose(plain[: len(answer)], expected, atol=1e-2)
+                    compared += 1
+    assert compared >= 8

@@ -24,8 +24,8 @@ NO_PROMPT_UNCACHED = (
     "model.generate(...)."
 )
 PACKED_GENERATION = (
-    "This packed forward (continuous batching) does not say where the prompts of its requests end: its manager was made "
-    "before the edits were. Make a new one with model.init_continuous_batching(...) or call "
+    "This packed forward (continuous batching) does not say where the prompts of its requests end: its manager was "
+    "made before the edits were. Make a new one with model.init_continuous_batching(...) or call "
     "model.generate_batch(...)."
 )
 
