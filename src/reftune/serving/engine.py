@@ -177,7 +177,7 @@ class EmbeddedEngine:
         self._undo.callback(PackedEdits(model, self.bank).remove)
         self._numbers = itertools.count()
         self._manager: Any = None
-        self._hits = self._taken = 0
+        self._hits = 0
         self._lock = threading.Lock()
 
     # Life
@@ -245,7 +245,6 @@ class EmbeddedEngine:
         self.bank.add(name, folder)
         held = self.bank.take(name, scale)
         with self._lock:
-            self._taken += 1
             self._hits += self.bank.loads == loads
         return held
 
