@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from reftune.data.formats import Example, LabelledText, Message, read_examples, read_labelled
+from reftune.data.formats import Example, LabelledText, Message, read_examples, read_labelled, read_prompts
+from reftune.data.reading import read_rows
 from reftune.errors import ReftuneError
 
 WHERE = "rows in memory, row 1"
@@ -130,3 +131,55 @@ def test_labelled_text_keeps_its_label_type_and_pair() -> None:
     assert third.label == 0.5
     with pytest.raises(ReftuneError, match=r"are none of: text \+ label"):
         read_labelled([{"prompt": "a", "completion": "b"}])
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train"])
+@pytest.mark.parametrize("no", [0, False, 0.0])
+def test_a_turn_that_is_not_to_be_learnt_is_context(key: str, no: Any) -> None:
+    turns = [(USER, "a", None), (BOT, "wrong", no), (USER, "b", None), (BOT, "right", 1)]
+    row = {"messages": [{"role": role, "content": text, key: value} for role, text, value in turns]}
+    (example,) = read_examples([row])
+    assert example.completion == "right"
+    assert [message.content for message in example.messages] == ["a", "wrong", "b"]
+    del row["messages"][1][key]
+    assert [example.completion for example in read_examples([row])] == ["wrong", "right"], "the control"
+    row["messages"][1][key] = 0.5
+    with pytest.raises(ReftuneError, match=rf"row 1: 'messages'\[1\]: {key}=0\.5: 1 .* learns a turn and 0"):
+        read_examples([row])
+    row["messages"][1][key] = row["messages"][3][key] = no
+    with pytest.raises(ReftuneError, match="every assistant's turn is left out"):
+        read_examples([row])
+
+
+def test_the_history_of_an_alpaca_row_is_context() -> None:
+    example = _only({"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "S"})
+    assert [(m.role, m.content) for m in example.messages] == [(SYSTEM, "S"), (USER, "a"), (BOT, "b"), (USER, "c")]
+    with pytest.raises(ReftuneError, match=r"row 1: 'history'\[0\] is 'a'; give \[question, answer\]"):
+        read_examples([{"instruction": "c", "output": "d", "history": ["a"]}])
+
+
+def test_a_prompt_beside_messages_counts_where_it_is_filled(caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"role": USER, "content": "a"}, {"role": BOT, "content": "b"}]
+    assert _only({"prompt": None, "completion": None, "messages": turns}).completion == "b"
+    assert not caplog.records
+    assert _only({"prompt": "p", "completion": "c", "messages": turns, "context": "told"}).completion == "c"
+    assert "so context, messages are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "completion": "x", "system": "Speak Latin."}, {"prompt": 5, "completion": "x"},
+        {"messages": [{"role": USER, "content": [{"type": "text", "text": "Hi"}]}, {"role": BOT, "content": "x"}]},
+        {"messages": [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "x"}], "system": "S"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "x"}]},
+        {"instruction": "a", "input": float("nan"), "output": "x", "history": [["q", "a"]]},
+        {"text": "a", "text_pair": "b", "label": 1},
+    ],
+)  # fmt: skip
+def test_a_row_is_the_same_prompt_to_answer_as_to_learn_from(row: dict[str, Any]) -> None:
+    (example,) = read_examples([row])
+    assert read_prompts(read_rows([row]))[0].messages == example.messages
+    answers = ("completion", "output", "label")
+    unanswered = {key: value for key, value in row.items() if key not in answers}
+    assert read_prompts(read_rows([unanswered]))[0].messages == example.messages

@@ -124,3 +124,27 @@ def test_things_that_are_not_rows_are_refused() -> None:
         read_rows({"prompt": "a"})
     with pytest.raises(ReftuneError, match=r"rows in memory, row 2 is a str"):
         read_rows([{"prompt": "a"}, "b"])
+
+
+def _tsv(folder: Path, content: str) -> list[list[str]]:
+    return [list(row.values.values()) for row in read_rows(_write(folder, "a.tsv", content))]
+
+
+def test_quotes_in_a_tsv_file_are_text_and_swallow_no_row(tmp_path: Path) -> None:
+    said = 'text\ttext_pair\tlabel\n"Hello" she said\tb\t1\nplain\tc\t0\n'
+    assert _tsv(tmp_path, said) == [['"Hello" she said', "b", "1"], ["plain", "c", "0"]]
+    torn = 'text\ttext_pair\tlabel\n"Hello\tb\t1\nplain"\tc\t0\n'
+    assert list(csv.reader(torn.split("\n")[:3], delimiter="\t"))[0] == ["text", "text_pair", "label"]
+    assert len(list(csv.reader(torn.splitlines(True), delimiter="\t"))) == 2, (
+        "the control: one of two rows is swallowed"
+    )
+    assert _tsv(tmp_path, torn) == [['"Hello', "b", "1"], ['plain"', "c", "0"]]
+    assert _tsv(tmp_path, 'text\tlabel\n"all of it"\t1\nb\t0\n')[0] == ['"all of it"', "1"]
+    with pytest.raises(ReftuneError, match="row 3: 2 fields where the header has 3"):
+        _tsv(tmp_path, 'text\ttext_pair\tlabel\n"Hello" she said\tb\t1\nplain\tc\n')
+
+
+def test_quotes_that_a_spreadsheet_put_around_fields_of_a_tsv_file_are_taken_off(tmp_path: Path) -> None:
+    assert _tsv(tmp_path, 'text\tlabel\n"He said ""hi"""\t1\nb\t0\n')[0] == ['He said "hi"', "1"]
+    assert _tsv(tmp_path, 'text\tlabel\n"two\nlines"\t1\nb\t0\n') == [["two\nlines", "1"], ["b", "0"]]
+    assert _tsv(tmp_path, '"text"\t"label"\n"a"\t"1"\n') == [["a", "1"]]

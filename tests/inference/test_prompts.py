@@ -49,3 +49,26 @@ def test_an_empty_text_file_is_refused(tmp_path: Path) -> None:
     file.write_text("\n\n")
     with pytest.raises(ReftuneError, match="holds no prompts"):
         read_prompts(file)
+
+
+def test_only_a_line_feed_ends_a_line_of_a_text_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    text = "first\u2028still first\x0band\x85so\r\nsecond\n"
+    file.write_bytes(text.encode())
+    assert len(text.splitlines()) == 5, "the control"
+    assert [row.shown for row in read_prompts(file)] == ["first\u2028still first\x0band\x85so", "second"]
+    file.write_bytes(b"fine\nno\xff\n")
+    with pytest.raises(ReftuneError, match=r"prompts\.txt, line 2: byte 0xff is not UTF-8"):
+        read_prompts(file)
+
+
+def test_trainings_columns_are_used_where_the_file_has_them(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    usual = {"prompt": "question", "completion": "answer"}
+    file.write_text(to_jsonl([{"question": "why?", "prompt": "not this"}]))
+    assert read_prompts(file, usual=usual)[0].shown == "why?"
+    assert read_prompts(file, column="prompt", usual=usual)[0].shown == "not this"
+    file.write_text(to_jsonl([{"prompt": "this"}]))
+    assert read_prompts(file, usual=usual)[0].shown == "this"
+    with pytest.raises(ReftuneError, match=r"row 1: unknown column 'questoin' .* the columns are: prompt"):
+        read_prompts(file, column="questoin")

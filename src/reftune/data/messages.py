@@ -6,6 +6,7 @@ Both spellings are read, {"role", "content"} and {"from", "value"}, and of calls
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from reftune.data.values import parse_json
@@ -110,7 +111,7 @@ def as_text(value: Any, where: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return str(value)
     raise ReftuneError(f"{where} is a {type(value).__name__}; give text")
 

@@ -304,7 +304,7 @@ def _columns(values: Mapping[str, Any], name: str) -> list[dict[str, Any]] | Non
     Raises:
         ReftuneError: the lists are of different lengths.
     """
-    lists = [plain(value, f"{name}: {key!r}") if _is_list(value) else None for key, value in values.items()]
+    lists = [_as_list(value) for value in values.values()]
     if not lists or any(column is None or _is_conversation(column) for column in lists):
         return None
     lengths = {key: len(column) for key, column in zip(values, lists, strict=True) if column is not None}
@@ -314,8 +314,10 @@ def _columns(values: Mapping[str, Any], name: str) -> list[dict[str, Any]] | Non
     return [dict(zip(values, row, strict=True)) for row in zip(*lists, strict=True)]  # type: ignore[arg-type]
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (hasattr(value, "tolist") and getattr(value, "shape", ()) != ())
+def _as_list(value: Any) -> list[Any] | None:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") and getattr(value, "shape", ()) != () else None
 
 
 def _is_conversation(column: list[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import datetime
+import decimal
 import json
 import re
 from collections.abc import Mapping
@@ -37,13 +38,12 @@ def plain(value: Any, where: str) -> Any:
         return {_key(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if type(value).__name__ in _MISSING:
+    if type(value).__name__ in _MISSING or (isinstance(value, decimal.Decimal) and value.is_nan()):
         return None
     if getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m"):  # its item() would be a bare number
         return None if getattr(value, "shape", None) == () and value != value else value
-    if hasattr(value, "tolist"):
-        return plain(value.tolist(), where)
-    return value
+    tolist = getattr(value, "tolist", None)
+    return value if tolist is None else plain(tolist(), where)
 
 
 def _key(key: Any, where: str) -> str:
