@@ -18,6 +18,7 @@ Commands.registered = (
     Command("predict", "predict", "predict"),
     Command("compare", "compare", "compare"),
     Command("sweep", "sweep", "sweep"),
+    Command("serve", "serve", "serve", {"ignore_unknown_options": True}),
     Command("info", "info", "info"),
     Command("env", "env", "env"),
     Command("import-pyreft", "import_pyreft", "import_pyreft"),

@@ -7,8 +7,9 @@
   applies a bank to its batches, `packed_attention.py` attends request by request on a CPU, `sampling.py` chooses each
   answer's tokens.
 - `requests.py`: what an engine is asked and gives back; `expression.py`: several adapters with strengths.
-- `catalogue.py`: which adapters may be served, found without loading.
+- `catalogue.py`: which adapters may be served, found without loading; `choosing.py`: which engine serves.
+- `server.py` and `settings.py`: `reftune serve`; the room `api` is its HTTP interface, the room `page` its page.
 
-Imports `edits`, `engine`, `adapter`, `data`, `inference` and `errors`. The first three files import nothing of
+It must not import `cli`, `training` or what is built on them. The first three files import nothing of
 transformers or PEFT when they are imported, so that an inference engine's process can use them.
 """

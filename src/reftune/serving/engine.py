@@ -138,6 +138,7 @@ class EmbeddedEngine:
         batch_tokens: in one forward; longer prompts are read in chunks.
         requests: in one forward.
         page_tokens: of one block of the cache, the grain in which requests share it.
+        context: the most tokens of a prompt and its answer; None: as many as model and cache allow.
         share_prefixes: compute what requests have in common once.
 
     Attributes:
@@ -159,12 +160,14 @@ class EmbeddedEngine:
         batch_tokens: int = 2048,
         requests: int = 64,
         page_tokens: int = 32,
+        context: int | None = None,
         share_prefixes: bool = True,
     ):
         self.model, self.tokenizer, self.bank = model.eval(), tokenizer, bank or Bank()
         text = model.config.get_text_config()
         self.vocabulary = int(text.vocab_size)
-        self.context = min(getattr(text, "max_position_embeddings", None) or cache_tokens, cache_tokens - page_tokens)
+        stated = (context, getattr(text, "max_position_embeddings", None), cache_tokens - page_tokens)
+        self.context = min(limit for limit in stated if limit)
         self._config = settings(
             ContinuousBatchingConfig(
                 page_size=page_tokens, num_blocks=-(-cache_tokens // page_tokens), max_batch_tokens=batch_tokens,
@@ -172,7 +175,8 @@ class EmbeddedEngine:
             )
         )  # fmt: skip
         ends = getattr(model.generation_config, "eos_token_id", None)
-        self._ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        ends = [*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, "eos_token_id", None)]
+        self._ends = frozenset(token for token in ends if token is not None)
         self._undo = ExitStack()
         self._undo.callback(PackedEdits(model, self.bank).remove)
         self._numbers = itertools.count()

@@ -43,7 +43,7 @@ class Choice:
         self.tokens: list[Token] = []
         self.text = ""
         self.finish: Finish | None = None
-        self._backend = tokenizer.backend_tokenizer
+        self._tokenizer = tokenizer
         self._decode = DecodeStream([], skip_special_tokens=True)
         self._sent = 0
         self._pending: list[Token] = []
@@ -59,12 +59,17 @@ class Choice:
             self.tokens.append(token)
             self._pending.append(token)
             begin = max(0, len(self.text) - max(map(len, self.stops), default=0))
-            self.text += self._decode.step(self._backend, token.id) or ""
+            self.text += self._decode.step(self._tokenizer.backend_tokenizer, token.id) or ""
             found = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
             if found:
                 self.text, self.finish = self.text[: min(found)], "stop"
                 break
-        self.finish = self.finish or finish
+        if finish is not None and self.finish is None:
+            self.finish = finish
+            ids = [token.id for token in self.tokens]
+            whole = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if whole.startswith(self.text):  # bytes of a character that was never finished
+                self.text = whole
         ready = len(self.text) - (0 if self.finish else self._held_back())
         text, self._sent = self.text[self._sent : ready], max(ready, self._sent)
         sent, self._pending = self._pending, []
