@@ -11,8 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reftune.causal.counterfactuals import Counterfactual
-from reftune.causal.interchange import Inputs
+from reftune.causal.interchange import Inputs, Run
 from reftune.causal.model import Setting
+from reftune.causal.reuse import picked_inputs
 from reftune.errors import ReftuneError
 
 Encode = Callable[[Sequence[Setting]], Inputs]
@@ -53,9 +54,7 @@ class InterchangeData:
         """The examples at these indices."""
 
         def pick(inputs: Inputs) -> Any:
-            if isinstance(inputs, Tensor):
-                return inputs[index]
-            return {name: value[index] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            return picked_inputs(Run(inputs), lambda tensor: tensor[index])
 
         sources = {name: pick(inputs) for name, inputs in self.sources.items()}
         return replace(

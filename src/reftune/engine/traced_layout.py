@@ -46,19 +46,7 @@ def traced_layout(
 ) -> TokenLayout:
     """The layout of one forward; arguments and errors are ``read_layout``'s, those apart that depend on a value.
 
-    Args:
-        batch: as there, and all that follow.
-        sequence: of the forward's tokens.
-        device: of the forward's tokens.
-        past_length: an int, or a static cache's tensor.
-        attention_mask: (batch, past + sequence), a static cache's (batch, cache size), or (batch, sequence).
-        position_ids: of packed rows.
-        document_starts: of packed rows.
-        labels: of a causal language model.
-        label_offset: as there.
-        prompt_lengths: (batch,), or (documents,) in packed rows.
-        needs_prompt: as there.
-        must_know_prompt: as there.
+    ``past_length`` may be a static cache's tensor, with an ``attention_mask`` (batch, cache size) or of the new tokens.
     """
     attended, ordinal = _attended(attention_mask, batch, past_length, sequence, device)
     begins = None

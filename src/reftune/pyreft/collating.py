@@ -28,12 +28,8 @@ class ReftDataCollator:
 
     def __call__(self, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch."""
-        batch: dict[str, Any] = dict(self.data_collator([_without_own(row) for row in instances]))
-        length = batch["input_ids"].shape[1]
-        tokenizer = getattr(self.data_collator, "tokenizer", None)
-        left = getattr(tokenizer, "padding_side", "right") == "left"
-        shifts = [length - len(row["input_ids"]) if left else 0 for row in instances]
-        return batch | _own_columns(instances, shifts)
+        batch = self.data_collator([_without_own(row) for row in instances])
+        return _with_own(batch, instances, getattr(self.data_collator, "tokenizer", None))
 
 
 @dataclass
@@ -61,20 +57,14 @@ class ReftRewardCollator:
             own = {name: feature[name] for name in OWN if name in feature}
             for which in ("chosen_output", "rejected_output"):
                 rows.append({"input_ids": feature[which], "attention_mask": feature[f"{which}_mask"], **own})
-        inner = [_without_own(row) for row in rows]
-        batch = dict(
-            self.tokenizer.pad(
-                inner,
-                padding=self.padding,
-                max_length=self.max_length,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-                return_tensors=self.return_tensors,
-            )
+        batch = self.tokenizer.pad(
+            [_without_own(row) for row in rows],
+            padding=self.padding,
+            max_length=self.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_tensors=self.return_tensors,
         )
-        length = batch["input_ids"].shape[1]
-        left = self.tokenizer.padding_side == "left"
-        shifts = [length - len(row["input_ids"]) if left else 0 for row in rows]
-        return batch | _own_columns(rows, shifts)
+        return _with_own(batch, rows, self.tokenizer)
 
 
 def _without_own(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +72,11 @@ def _without_own(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in kept.items()}
 
 
-def _own_columns(rows: Sequence[Mapping[str, Any]], shifts: Sequence[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _with_own(batch: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    """The batch with its rows' own columns, moved along where the tokenizer pads on the left."""
+    found: dict[str, Any] = dict(batch)
+    length, left = found["input_ids"].shape[1], getattr(tokenizer, "padding_side", "right") == "left"
+    shifts = [length - len(row["input_ids"]) if left else 0 for row in rows]
     if "intervention_locations" in rows[0]:
         moved = [
             [[place + shift if place >= 0 else NOWHERE for place in one] for one in row["intervention_locations"]]

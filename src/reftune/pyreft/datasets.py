@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from reftune.data.reading import read_rows
 from reftune.errors import ReftuneError
-from reftune.pyreft.encoding import IGNORE_INDEX, encode_pair, labels_of
+from reftune.pyreft.encoding import encode_pair, labels_of
 from reftune.pyreft.locations import get_intervention_locations
 
 PROMPT_WITH_INPUT = (
@@ -275,15 +275,3 @@ def _alpaca_prompt(row: Mapping[str, Any], instruction: str, extra: str | None) 
 
 def _limit(tokenizer: Any) -> int:
     return min(int(tokenizer.model_max_length), 1_000_000)
-
-
-__all__ = [
-    "IGNORE_INDEX",
-    "ReftClassificationDataset",
-    "ReftDataset",
-    "ReftGenerationDataset",
-    "ReftPreferenceDataset",
-    "ReftRawDataset",
-    "ReftRewardDataset",
-    "ReftSupervisedDataset",
-]

@@ -93,6 +93,10 @@ class ReftModel(nn.Module):
         for found in self._engine.interventions.values():
             found._active_adapter = [name for name in names if name in found.placements]
 
+    def _restore(self, active: Mapping[str, Any]) -> None:
+        for path, found in self._engine.interventions.items():
+            found._active_adapter = active.get(path, [])
+
     @contextmanager
     def _editing(self, without_locations: Positions = EVERYWHERE) -> Iterator[None]:
         before = {path: found._active_adapter for path, found in self._engine.interventions.items()}
@@ -106,8 +110,7 @@ class ReftModel(nn.Module):
         finally:
             # Checkpointed layers run again in backward, when this call is over.
             if not (self.training and torch.is_grad_enabled()):
-                for path, found in self._engine.interventions.items():
-                    found._active_adapter = before.get(path, [])
+                self._restore(before)
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
@@ -116,8 +119,7 @@ class ReftModel(nn.Module):
         try:
             yield
         finally:
-            for path, found in self._engine.interventions.items():
-                found._active_adapter = before.get(path, [])
+            self._restore(before)
 
     def _edit_arguments(self, inputs: Mapping[str, Any], locations: Any, subspaces: Any) -> dict[str, Any]:
         """``unit_locations`` and ``subspaces`` as the engine takes them."""
@@ -194,10 +196,7 @@ class ReftModel(nn.Module):
         Raises:
             ReftuneError: locations or subspaces of a wrong shape, or source inputs.
         """
-        if sources is not None or source_representations is not None:
-            raise ReftuneError(
-                "sources: an edit of ReFT has no source inputs; interchange interventions are in reftune.causal."
-            )
+        _refuse_sources(sources, source_representations)
         given = dict(inputs if base is None else base)
         given.pop("id", None)
         if base is None:
@@ -242,10 +241,7 @@ class ReftModel(nn.Module):
         Raises:
             ReftuneError: as for calling; or locations without ``intervene_on_prompt=True``.
         """
-        if sources is not None or source_representations is not None:
-            raise ReftuneError(
-                "sources: an edit of ReFT has no source inputs; interchange interventions are in reftune.causal."
-            )
+        _refuse_sources(sources, source_representations)
         if unit_locations is not None and not intervene_on_prompt:
             raise ReftuneError(
                 "unit_locations name tokens of the prompt: pass intervene_on_prompt=True, or no unit_locations to edit "
@@ -430,6 +426,13 @@ def get_reft_model(
     if disable_model_grads:
         reft_model.disable_model_gradients()
     return reft_model
+
+
+def _refuse_sources(*given: Any) -> None:
+    if any(source is not None for source in given):
+        raise ReftuneError(
+            "sources: an edit of ReFT has no source inputs; interchange interventions are in reftune.causal."
+        )
 
 
 def _plain_intervention(block: nn.Module) -> Intervention:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from reftune.output import terminal
 from reftune.training.throughput import ThroughputCallback
@@ -37,9 +37,7 @@ class ProgressBarCallback(TrainerCallback):
         self._first_step = 0
         self._began = self._last_line = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the bar at the step that training starts from."""
         self._loss = None
         self._began = self._last_line = time.monotonic()
@@ -58,14 +56,14 @@ class ProgressBarCallback(TrainerCallback):
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, status="")
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move on by a step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
@@ -91,9 +89,7 @@ class ProgressBarCallback(TrainerCallback):
             self._last_line = time.monotonic()
             self._print(f"step {state.global_step}/{state.max_steps}  {self._status()}{self._time_left(state)}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the bar away."""
         self.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 def peak_memory_bytes() -> int:
@@ -107,15 +107,11 @@ class ThroughputCallback(TrainerCallback):
             "running_epoch": self._running_epoch(),
         }
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the epoch; reading the count waits for the GPU, so its work belongs to the epoch that queued it."""
         self._tokens = self.tokens
         self.epoch_seconds.append(self._running_epoch())
