@@ -25,7 +25,8 @@ from benchmarks.speed.peers import interpreter
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, write_report
 from reftune.models import bundled_folder, load
 from reftune.output.files import write_text
-from reftune.runs.completion import encode_rows, read_data
+from reftune.runs.completion import read_data
+from reftune.runs.steps import encode_rows
 
 HERE = Path(__file__).parent
 

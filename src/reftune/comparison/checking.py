@@ -19,7 +19,8 @@ from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.evaluation.options import read_option_rows
 from reftune.inference.loading import within_context
-from reftune.runs.completion import encode_rows, read_data
+from reftune.runs.completion import read_data
+from reftune.runs.steps import encode_rows
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from reftune import models
 from reftune.adapter.config import ReftConfig
 from reftune.comparison.methods import Adapted, Method, attach_method
 from reftune.comparison.peak_memory import PeakMemory
@@ -31,9 +30,9 @@ from reftune.evaluation.row_losses import RowLosses, row_losses
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
-from reftune.runs.completion import encode_rows, read_data
+from reftune.runs.completion import read_data
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
-from reftune.runs.steps import training_arguments
+from reftune.runs.steps import encode_rows, load_base, training_arguments
 from reftune.training.prefix.store import PrefixStore
 from reftune.training.trainer import ReftTrainer
 
@@ -74,8 +73,7 @@ def execute(
     tell({"doing": "loading"})
     memory = PeakMemory(own_process)
     transformers.set_seed(seed)
-    name = settings.full_path("model")
-    base, tokenizer = models.load(name, settings.dtype, settings.device, quantization=settings.quantization)
+    base, tokenizer = load_base(settings)
     adapted = attach_method(method, base, tokenizer)
     train_set, eval_set = (encode_rows(rows, settings, tokenizer) for rows in (train_rows, held_out))
     trainer = _ComparisonTrainer(

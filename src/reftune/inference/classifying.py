@@ -18,14 +18,14 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from reftune import models
-from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import WEIGHTS_FILE, load_adapter, read_adapter_config
 from reftune.data.classification import NUMBER, LabelScheme
 from reftune.data.collating import CompletionCollator
 from reftune.data.formats import LabelledText
 from reftune.data.glue import GLUE
 from reftune.data.tokenising import encode_dataset
 from reftune.errors import ReftuneError
-from reftune.inference.loading import recorded_run
+from reftune.inference.loading import adapter_folder, recorded_run
 from reftune.training.prompt_ends import with_prompt_ends
 
 _HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight", "logits_proj.weight")
@@ -104,18 +104,7 @@ def load_classifier(
     Raises:
         ReftuneError: the folder, its files or its base model cannot be used, or it is no classifier.
     """
-    folder = Path(folder).expanduser()
-    config = read_adapter_config(folder)
-    check_weights_file(folder)
-    if config.get("task_type") != "SEQ_CLS":
-        raise ReftuneError(
-            f"{folder / CONFIG_FILE}: task_type is {config.get('task_type')!r}, not 'SEQ_CLS': this adapter writes "
-            "text; use `reftune generate`."
-        )
-    recorded = recorded_run(folder)
-    name = model or config.get("base_model_name_or_path") or recorded.get("model")
-    if not name:
-        raise ReftuneError(f"{folder} does not say which base model it belongs to: name it with --model.")
+    folder, name, recorded = adapter_folder(folder, model, classifier=True)
     scheme = _recorded_scheme(folder, recorded)
     base, tokenizer = models.load(
         name,

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from reftune import models
-from reftune.adapter.checkpoint import check_weights_file, load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import CONFIG_FILE, check_weights_file, load_adapter, read_adapter_config
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.runs.recipe import RUN_FILE
@@ -67,16 +67,7 @@ def load_edited(
     Raises:
         ReftuneError: the folder, its files or its base model cannot be used.
     """
-    folder = Path(folder).expanduser()
-    config = read_adapter_config(folder)
-    check_weights_file(folder)
-    if config.get("task_type") == "SEQ_CLS":
-        raise ReftuneError(f"{folder} is a classifier, which writes nothing: use `reftune predict` or `reftune eval`.")
-    recorded = recorded_run(folder)
-    trained_on = config.get("base_model_name_or_path") or recorded.get("model")
-    name = model or trained_on
-    if not name:
-        raise ReftuneError(f"{folder} does not say which base model it belongs to: name it with --model.")
+    folder, name, recorded = adapter_folder(folder, model, classifier=False)
     base, tokenizer = models.load(
         name, dtype or recorded.get("dtype"), device, quantization=quantization or recorded.get("quantization")
     )
@@ -84,6 +75,29 @@ def load_edited(
     edited.eval()
     encoding = recorded_encoding(folder, tokenizer, template, system_prompt, chat_template_kwargs)
     return EditedModel(edited, tokenizer, within_context(encoding, base), folder)
+
+
+def adapter_folder(folder: str | Path, model: str | None, *, classifier: bool) -> tuple[Path, str, dict[str, Any]]:
+    """An adapter's folder, the name of its base model (`model` where given), and its `run.yaml`.
+
+    Raises:
+        ReftuneError: its files cannot be used, it does not say its base model, or it is of the other kind.
+    """
+    folder = Path(folder).expanduser()
+    config = read_adapter_config(folder)
+    check_weights_file(folder)
+    if classifier and config.get("task_type") != "SEQ_CLS":
+        raise ReftuneError(
+            f"{folder / CONFIG_FILE}: task_type is {config.get('task_type')!r}, not 'SEQ_CLS': this adapter writes "
+            "text; use `reftune generate`."
+        )
+    if not classifier and config.get("task_type") == "SEQ_CLS":
+        raise ReftuneError(f"{folder} is a classifier, which writes nothing: use `reftune predict` or `reftune eval`.")
+    recorded = recorded_run(folder)
+    name = model or config.get("base_model_name_or_path") or recorded.get("model")
+    if not name:
+        raise ReftuneError(f"{folder} does not say which base model it belongs to: name it with --model.")
+    return folder, name, recorded
 
 
 def recorded_encoding(

@@ -5,22 +5,19 @@ The best checkpoint by the task's metric on the validation rows is kept; the tes
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from rich.console import Console
 from torch import nn
 
-from reftune import models
 from reftune.data.classification import NUMBER, LabelScheme, label_scheme, read_texts
 from reftune.data.formats import LabelledText
 from reftune.data.glue import GLUE, GlueTask, split_held_out
 from reftune.data.splitting import split_rows
-from reftune.data.tokenising import encode_dataset
 from reftune.errors import ReftuneError
 from reftune.evaluation.classification import (
     ClassificationScore,
@@ -29,12 +26,12 @@ from reftune.evaluation.classification import (
     measures_for,
 )
 from reftune.inference.classifying import EditedClassifier, describe_labels
+from reftune.inference.prompts import to_jsonl
 from reftune.output.files import write_text
-from reftune.runs.fingerprint import base_digest, fingerprint
-from reftune.runs.output_folder import check_output, held_output, readable_disk_errors
+from reftune.runs.fingerprint import base_digest
+from reftune.runs.output_folder import check_output, readable_disk_errors
 from reftune.runs.recipe import TrainRecipe
-from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
-from reftune.training.row_lengths import check_row_lengths
+from reftune.runs.steps import Prepared, TrainedRun, load_base, train_and_write
 from reftune.training.trainer import ReftTrainer
 
 _NO_PREFIXES = (
@@ -64,43 +61,26 @@ def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
         recipe = replace(recipe, labels=NUMBER if scheme.regression else list(scheme.names))
     transformers.set_seed(recipe.seed)
     new_weights: list[str] = []
-    base, tokenizer = models.load(
-        recipe.full_path("model"),
-        recipe.dtype,
-        recipe.device,
-        quantization=recipe.quantization,
-        task="seq_cls",
-        num_labels=scheme.outputs,
-        new_weights=new_weights,
-    )
+    base, tokenizer = load_base(recipe, task="seq_cls", num_labels=scheme.outputs, new_weights=new_weights)
     describe_labels(base, scheme)
     digest = base_digest(base)
     head = head_modules(base, new_weights)
     model = get_peft_model(base, recipe.adapter_config([name for name in head if name not in _PEFTS_OWN]))
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
-    train_set, eval_set = (encode_texts(rows, recipe, tokenizer, scheme) for rows in (data.train, data.validation))
-    for rows in (train_set, eval_set):
-        check_row_lengths(model, rows)
-    best: dict[str, Any] = (
-        {"metric_for_best_model": f"eval_{measures.main}", "greater_is_better": True} if data.validation else {}
+    best = {"metric_for_best_model": f"eval_{measures.main}", "greater_is_better": True} if data.validation else {}
+    ready = Prepared(
+        recipe,
+        model,
+        tokenizer,
+        digest,
+        data.train,
+        data.validation,
+        report=lambda trainer: _report(trainer, tokenizer, data, recipe, place.folder),
+        label_names=scheme.names,
+        arguments=best,
+        compute_metrics=compute_metrics(measures, scheme),
+        no_prefixes=_NO_PREFIXES,
     )
-    with held_output(recipe, place):
-        trainer = ReftTrainer(
-            model=model,
-            args=training_arguments(recipe, place.folder, len(train_set), bool(data.validation), **best),
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            processing_class=tokenizer,
-            compute_metrics=compute_metrics(measures, scheme),
-        )
-        trainer.prefixes.switch_off(_NO_PREFIXES)
-        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, digest), console)
-        train_until_done(trainer, recipe, place)
-        classifier = EditedClassifier(
-            trainer.model, tokenizer, scheme, recipe.max_length, recipe.glue, recipe.metric, place.folder
-        )
-        return write_results(recipe, place, trainer, _report(classifier, data, trainer, recipe), tokenizer)
+    return train_and_write(ready, place, console)
 
 
 def read_classification_data(recipe: TrainRecipe) -> ClassificationData:
@@ -143,20 +123,6 @@ def read_classification_data(recipe: TrainRecipe) -> ClassificationData:
     )
 
 
-def encode_texts(rows: list[LabelledText], recipe: TrainRecipe, tokenizer: Any, scheme: LabelScheme) -> Any:
-    """Rows as the trainer takes them, in order; None where there are none."""
-    if not rows:
-        return None
-    return encode_dataset(
-        rows,
-        tokenizer,
-        max_length=recipe.max_length,
-        on_long_prompt=recipe.long_prompts,
-        label_names=list(scheme.names),
-        progress=len(rows) > 2000,
-    )
-
-
 def head_modules(model: nn.Module, new_weights: list[str]) -> list[str]:
     """Modules that must be trained and saved with the edits: the head, and whatever else started at random.
 
@@ -186,15 +152,17 @@ def _is_file(source: str) -> bool:
 
 
 def _report(
-    classifier: EditedClassifier, data: ClassificationData, trainer: ReftTrainer, recipe: TrainRecipe
+    trainer: ReftTrainer, tokenizer: Any, data: ClassificationData, recipe: TrainRecipe, output: Path
 ) -> dict[str, Any]:
-    """What `metrics.json` holds; **writes** the test rows' predictions beside it."""
+    """What `metrics.json` holds of a classifier; **writes** the test rows' predictions beside it."""
+    model, scheme = trainer.model, data.scheme
+    classifier = EditedClassifier(model, tokenizer, scheme, recipe.max_length, recipe.glue, recipe.metric, output)
     parts = {"validation": data.validation, **data.tests}
     scores = {
         name: evaluate_classification(classifier, rows, recipe.batch_size) for name, rows in parts.items() if rows
     }
     for name in data.tests:
-        _write_predictions(classifier, data.tests[name], scores[name], name)
+        _write_predictions(output / f"{name}_predictions.jsonl", data.tests[name], scores[name])
     history = trainer.state.log_history
     epochs = [
         {"epoch": entry["epoch"], **{key.removeprefix("eval_"): entry[key] for key in entry if _is_metric(key)}}
@@ -203,12 +171,9 @@ def _report(
     ]
     edits = sum(p.numel() for n, p in classifier.model.named_parameters() if p.requires_grad and ".reft_" in n)
     return {
-        **trainer.report(),
-        "train_rows": len(data.train),
-        "eval_rows": len(data.validation),
         "task": recipe.task,
         "glue": recipe.glue,
-        "labels": list(data.scheme.names) or NUMBER,
+        "labels": list(scheme.names) or NUMBER,
         "edit_parameters": edits,
         "epochs": epochs,
         **{name: score.as_dict() for name, score in scores.items()},
@@ -219,17 +184,10 @@ def _is_metric(key: str) -> bool:
     return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_time"))
 
 
-def _write_predictions(
-    classifier: EditedClassifier, rows: list[LabelledText], score: ClassificationScore, name: str
-) -> None:
-    if classifier.folder is None:
-        return
-    lines = [
-        json.dumps(
-            {"text": row.text, "text_pair": row.text_pair, "label": row.label, "predicted": predicted},
-            ensure_ascii=False,
-        )
+def _write_predictions(path: Path, rows: list[LabelledText], score: ClassificationScore) -> None:
+    records = (
+        {"text": row.text, "text_pair": row.text_pair, "label": row.label, "predicted": predicted}
         for row, predicted in zip(rows, score.predictions, strict=True)
-    ]
-    with readable_disk_errors(classifier.folder):
-        write_text(classifier.folder / f"{name}_predictions.jsonl", "\n".join(lines) + "\n")
+    )
+    with readable_disk_errors(path.parent):
+        write_text(path, to_jsonl(records))

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from rich.console import Console
 
-from reftune import models
 from reftune.data.formats import Example, read_examples
 from reftune.data.splitting import split_rows
-from reftune.runs.fingerprint import base_digest, fingerprint
-from reftune.runs.output_folder import check_output, held_output
+from reftune.runs.fingerprint import base_digest
+from reftune.runs.output_folder import check_output
 from reftune.runs.recipe import DEMO_DATA, TrainRecipe
-from reftune.runs.steps import TrainedRun, begin_training, train_until_done, training_arguments, write_results
-from reftune.training.row_lengths import check_row_lengths
-from reftune.training.trainer import ReftTrainer
+from reftune.runs.steps import Prepared, TrainedRun, load_base, train_and_write
 
 
 def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
@@ -26,27 +22,10 @@ def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
     place = check_output(recipe)
     train_rows, eval_rows = read_data(recipe)
     transformers.set_seed(recipe.seed)
-    name = recipe.full_path("model")  # a relative folder in the adapter's configuration would be found from here alone
-    base, tokenizer = models.load(name, recipe.dtype, recipe.device, quantization=recipe.quantization)
+    base, tokenizer = load_base(recipe)
     digest = base_digest(base)
     model = get_peft_model(base, recipe.adapter_config())
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
-    train_set, eval_set = (encode_rows(rows, recipe, tokenizer) for rows in (train_rows, eval_rows))
-    for rows in (train_set, eval_set):
-        check_row_lengths(model, rows)
-    with held_output(recipe, place):
-        trainer = ReftTrainer(
-            model=model,
-            args=training_arguments(recipe, place.folder, len(train_set), bool(eval_rows)),
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            processing_class=tokenizer,
-        )
-        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, digest), console)
-        train_until_done(trainer, recipe, place)
-        metrics = {**trainer.report(), "train_rows": len(train_rows), "eval_rows": len(eval_rows)}
-        return write_results(recipe, place, trainer, metrics, tokenizer)
+    return train_and_write(Prepared(recipe, model, tokenizer, digest, train_rows, eval_rows), place, console)
 
 
 def read_data(recipe: TrainRecipe) -> tuple[list[Example], list[Example]]:
@@ -62,10 +41,3 @@ def read_data(recipe: TrainRecipe) -> tuple[list[Example], list[Example]]:
     rows = read(recipe.train_file)
     held_out = read(recipe.eval_file) if recipe.eval_file else None
     return split_rows(rows, eval_fraction=recipe.eval_fraction, eval_rows=held_out, seed=recipe.seed)
-
-
-def encode_rows(rows: list[Example], recipe: TrainRecipe, tokenizer: Any) -> Any:
-    """Rows as the trainer takes them, in order; None where there are none."""
-    if not rows:
-        return None
-    return recipe.encoding(tokenizer).dataset(rows, progress=len(rows) > 2000)

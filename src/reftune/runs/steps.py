@@ -5,21 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import get_scheduler
 
+from reftune import models
 from reftune.data.showing import show_examples
 from reftune.engine.positions import parse_positions
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
-from reftune.runs.fingerprint import check_resumed
+from reftune.runs.fingerprint import check_resumed, fingerprint
 from reftune.runs.model_card import model_card
 from reftune.runs.output_folder import (
     CARD_FILE,
@@ -27,6 +29,7 @@ from reftune.runs.output_folder import (
     METRICS_FILE,
     OutputPlace,
     begin_output,
+    held_output,
     publish_run,
     readable_disk_errors,
     save_adapter,
@@ -35,6 +38,7 @@ from reftune.runs.output_folder import (
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.checkpoints import last_complete_checkpoint
+from reftune.training.row_lengths import check_row_lengths
 from reftune.training.trainer import ReftTrainer
 
 _WATCHING = ("greedy", "reduce_lr_on_plateau")
@@ -55,6 +59,85 @@ class TrainedRun:
     metrics: dict[str, Any]
     edited: EditedModel
     losses: list[float]
+
+
+def load_base(recipe: TrainRecipe, **others: Any) -> tuple[Any, Any]:
+    """A recipe's base model and tokenizer (`others` as for `models.load`).
+
+    A local folder is named by its full path: a relative one in the adapter's configuration is found from here alone.
+    """
+    name = recipe.full_path("model")
+    return models.load(name, recipe.dtype, recipe.device, quantization=recipe.quantization, **others)
+
+
+def encode_rows(rows: Sequence[Any], recipe: TrainRecipe, tokenizer: Any, label_names: Sequence[str] = ()) -> Any:
+    """Rows as the trainer takes them, in order; None where there are none."""
+    if not rows:
+        return None
+    return recipe.encoding(tokenizer).dataset(rows, label_names=label_names, progress=len(rows) > 2000)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a kind of run has made of its recipe, ready to be trained.
+
+    Attributes:
+        recipe: as `run.yaml` keeps it.
+        model: with the adapter on it.
+        tokenizer: the base model's.
+        digest: of the base model (see `runs.fingerprint.base_digest`).
+        train, held_out: the rows; there may be no held-out ones.
+        report: what `metrics.json` holds beside the trainer's report and the numbers of rows.
+        label_names: a classifier's classes.
+        arguments: training arguments of this kind of run.
+        compute_metrics: what the trainer calls after each evaluation.
+        no_prefixes: why prefixes cannot be reused.
+    """
+
+    recipe: TrainRecipe
+    model: Any
+    tokenizer: Any
+    digest: str
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    report: Callable[[ReftTrainer], dict[str, Any]] = lambda trainer: {}
+    label_names: Sequence[str] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    no_prefixes: str | None = None
+
+
+def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> TrainedRun:
+    """Tokenise, train, and write the output folder.
+
+    Raises:
+        ReftuneError: rows that the model cannot take, or as for `held_output` and `begin_training`.
+        TrainingInterrupted: after Ctrl-C.
+    """
+    recipe, model, tokenizer = ready.recipe, ready.model, ready.tokenizer
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
+    train_set, eval_set = (
+        encode_rows(rows, recipe, tokenizer, ready.label_names) for rows in (ready.train, ready.held_out)
+    )
+    for rows in (train_set, eval_set):
+        check_row_lengths(model, rows)
+    with held_output(recipe, place):
+        trainer = ReftTrainer(
+            model=model,
+            args=training_arguments(recipe, place.folder, len(train_set), bool(ready.held_out), **ready.arguments),
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            compute_metrics=ready.compute_metrics,
+        )
+        if ready.no_prefixes is not None:
+            trainer.prefixes.switch_off(ready.no_prefixes)
+        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, ready.digest), console)
+        train_until_done(trainer, recipe, place)
+        counts = {"train_rows": len(ready.train), "eval_rows": len(ready.held_out)}
+        metrics = {**trainer.report(), **counts, **ready.report(trainer)}
+        return write_results(recipe, place, trainer, metrics, tokenizer)
 
 
 def begin_training(

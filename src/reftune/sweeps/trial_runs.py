@@ -13,12 +13,11 @@ import transformers
 from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from reftune import models
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
-from reftune.runs.completion import encode_rows, read_data
+from reftune.runs.completion import read_data
 from reftune.runs.recipe import TrainRecipe, adapter_keys
-from reftune.runs.steps import training_arguments
+from reftune.runs.steps import encode_rows, load_base, training_arguments
 from reftune.sweeps.recipe import SweepRecipe
 from reftune.sweeps.space import Choices
 from reftune.training.prefix.store import PrefixStore
@@ -170,11 +169,7 @@ class TrialRunner:
             model.unload()
 
     def _load(self, recipe: TrainRecipe) -> tuple[Any, Any]:
-        def load() -> tuple[Any, Any]:
-            name = recipe.full_path("model")
-            return models.load(name, recipe.dtype, recipe.device, quantization=recipe.quantization)
-
-        return self._once("base", recipe, _BASE, load)
+        return self._once("base", recipe, _BASE, lambda: load_base(recipe))
 
     def _once(self, what: str, recipe: TrainRecipe, decided_by: tuple[str, ...], make: Callable[[], Any]) -> Any:
         """What was made last, where the fields that decide it are the same."""
