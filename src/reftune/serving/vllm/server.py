@@ -1,0 +1,122 @@
+"""API server: `model=<name of a folder>` finds its adapter at first use, and `/v1/models` lists all there are."""
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from reftune.errors import ReftuneError
+from reftune.serving.catalogue import Catalogue
+from reftune.serving.expression import parse_expression
+from reftune.serving.folded import read_folded
+from reftune.serving.vllm.requested import is_reft, scaled_path, served_folders, split_scale
+
+
+def served_path(catalogue: Catalogue, model: str) -> str | None:
+    """What vLLM is told to load for a `model` of a request: a name, or a name with a strength as in `0.5*poet`.
+
+    Returns:
+        The adapter's folder, with its strength; None where there is no such adapter.
+    """
+    try:
+        terms = parse_expression(model)
+    except ReftuneError:
+        return None
+    if len(terms) != 1 or (folder := catalogue.folder(terms[0][0])) is None:
+        return None
+    return scaled_path(str(folder), terms[0][1])
+
+
+def signature(path: str) -> tuple[int, ...]:
+    """Of an adapter's files, so that a change is seen; empty where one is missing."""
+    folder = Path(split_scale(path)[0])
+    try:
+        stats = [(folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except OSError:
+        return ()
+    return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+
+
+class CurrentAdapters(dict[str, Any]):
+    """vLLM's table of loaded adapters by name, that forgets an adapter whose folder has changed.
+
+    The name is then resolved again, under a new id; requests in flight keep the id, and the weights, they began with. A
+    folder that is half written is not taken yet.
+    """
+
+    def __init__(self, entries: dict[str, Any]):
+        super().__init__()
+        self._signatures: dict[str, tuple[int, ...]] = {}
+        for name, request in entries.items():
+            self[name] = request
+
+    def __setitem__(self, name: str, request: Any) -> None:
+        super().__setitem__(name, request)
+        self._signatures[name] = signature(request.lora_path)
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            return False
+        request = self[str(name)]
+        now = signature(request.lora_path)
+        if now == self._signatures[str(name)] or not is_reft(request.lora_path):
+            return True
+        try:
+            read_folded(split_scale(request.lora_path)[0])
+        except ReftuneError:
+            return bool(now)
+        del self[str(name)]
+        return False
+
+
+def add_resolver() -> None:
+    """Let this process find adapters by the names of their folders."""
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    catalogue = Catalogue(served_folders())
+
+    class FolderNames(LoRAResolver):
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            path = served_path(catalogue, lora_name)
+            return None if path is None else LoRARequest(lora_name, 1, path)  # vLLM gives it an id of its own
+
+    LoRAResolverRegistry.register_resolver("reftune", FolderNames())
+
+
+class ModelList:
+    """Entry point `vllm.endpoint_plugins`: `/v1/models` with every adapter of the served folders, loaded or not."""
+
+    name = "reftune"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self.catalogue = Catalogue(served_folders())
+
+    def attach_router(self, app: Any) -> None:
+        """Answer `GET /v1/models` in vLLM's place; **changes the app**."""
+        from fastapi.responses import JSONResponse
+        from starlette.requests import Request
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+        async def models(raw_request: Request) -> JSONResponse:
+            served = raw_request.app.state.openai_serving_models
+            listed = await served.show_available_models()
+            loaded = {card.id for card in listed.data}
+            for name in self.catalogue.names():
+                folder = self.catalogue.folder(name)
+                if name not in loaded and folder is not None:
+                    base = served.base_model_paths[0].name
+                    listed.data.append(
+                        ModelCard(id=name, root=str(folder), parent=base, permission=[ModelPermission()])
+                    )
+            return JSONResponse(content=listed.model_dump())
+
+        models.__annotations__ = {"raw_request": Request, "return": JSONResponse}
+        app.add_api_route("/v1/models", models, methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Let changed folders be taken up; **changes the state**."""
+        state.openai_serving_models.lora_requests = CurrentAdapters(state.openai_serving_models.lora_requests)
