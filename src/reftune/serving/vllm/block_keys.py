@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from reftune.serving.row_plan import edited_ranges, edits_inside
-from reftune.serving.vllm.requested import Known, Requested
+from reftune.engine.row_plan import edited_ranges, edits_inside
+from reftune.serving.vllm.requested import Known
 
 Keys = tuple[tuple[Any, ...] | None, int]
 
@@ -34,12 +34,12 @@ def edit_key(known: Known, number: int, prompt_length: int, start: int, stop: in
     return ("lora", f"reftune:{number}:{known.digest}:{where}")
 
 
-def keyed(stock: Callable[..., Keys], requested: Requested) -> Callable[..., Keys]:
+def keyed(stock: Callable[..., Keys], known_of: Callable[[Any], Known]) -> Callable[..., Keys]:
     """The stock ``generate_block_hash_extra_keys`` with the key of the edits in place of the adapter's name."""
 
     def generate_block_hash_extra_keys(request: Any, start: int, stop: int, start_mm: int) -> Keys:
         lora_request = request.lora_request
-        if lora_request is None or (known := requested.known(lora_request)).digest is None:
+        if lora_request is None or (known := known_of(lora_request)).digest is None:
             return stock(request, start, stop, start_mm)
         request.lora_request = None  # the stock function reads the adapter's name off the request
         try:

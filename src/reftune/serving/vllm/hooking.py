@@ -151,8 +151,10 @@ def _hook_engine_core() -> None:
         if vllm_config.lora_config is None:
             return stock_init(self, vllm_config, *rest, **options)
         refuse(vllm_config)
-        self.reftune_requested = Requested(ModelShape.of(vllm_config))
-        kv_cache_utils.generate_block_hash_extra_keys = keyed(stock_keys, self.reftune_requested)
+        self.reftune_requested = Requested(
+            ModelShape.of(vllm_config), vllm_config.lora_config.target_modules != ["none"]
+        )
+        kv_cache_utils.generate_block_hash_extra_keys = keyed(stock_keys, self.reftune_requested.known)
         stock_init(self, vllm_config, *rest, **options)
         self_test(self)
 

@@ -82,6 +82,19 @@ def served_folders() -> list[Path]:
     return [Path(folder).expanduser().resolve() for folder in os.environ.get(FOLDERS, "").split(os.pathsep) if folder]
 
 
+def refuse_lora_unless(acting: bool, path: str) -> None:
+    """Refuse a LoRA adapter where it would do nothing, without any sign.
+
+    Raises:
+        ReftuneError: it would.
+    """
+    if not acting:
+        raise ReftuneError(
+            f"{path}: a LoRA adapter, and this server was started for ReFT adapters alone (--lora-target-modules none). "
+            "Start it without that flag, or with a LoRA adapter in its folders."
+        )
+
+
 def read_checked(path: str, shape: ModelShape) -> FoldedAdapter:
     """Read a ReFT folder for vLLM.
 
@@ -167,10 +180,11 @@ class Requested:
 
     Args:
         shape: of the served model.
+        lora: whether LoRA adapters act: vLLM has wrapped the linear layers.
     """
 
-    def __init__(self, shape: ModelShape):
-        self.shape = shape
+    def __init__(self, shape: ModelShape, lora: bool = True):
+        self.shape, self.lora = shape, lora
         self._known: dict[int, Known] = {}
         self._lock = threading.Lock()
 
@@ -193,12 +207,9 @@ class Requested:
             )
         return found
 
-    def forget(self, number: int) -> None:
-        """Free an id."""
-        self._known.pop(number, None)
-
     def _read(self, path: str) -> Known:
         if not is_reft(path):
+            refuse_lora_unless(self.lora, path)
             return Known(path)
         adapter = read_checked(path, self.shape)
         return Known(path, adapter.positions, adapter.untied, adapter.digest)

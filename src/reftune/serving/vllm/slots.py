@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from reftune.engine.positions import Part
+from reftune.engine.row_plan import Run, Tokens, edited_ranges, edited_runs, row_slots
 from reftune.errors import ReftuneError
 from reftune.serving.bank import Stack
 from reftune.serving.folded import FoldedAdapter
-from reftune.serving.row_plan import Run, Tokens, edited_ranges, edited_runs, row_slots
 from reftune.serving.vllm.blocks import hook_dense, hook_planned
 from reftune.serving.vllm.edit_op import PLANS, Work
 

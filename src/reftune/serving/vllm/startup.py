@@ -73,5 +73,5 @@ def self_test(core: Any) -> None:
     if len(tokens) < len(names) or tokens[names[0]] == tokens[names[1]]:
         raise ReftuneError(
             f"self-test: two opposite edits of the last layer gave the tokens {tokens}: in this vLLM, or on this "
-            "model, an edit does nothing, so the server does not start. Serve the model with reftune serve --engine embedded."
+            "model, an edit does nothing, so the server does not start. Use reftune serve --engine embedded."
         )

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from reftune.errors import ReftuneError
 from reftune.serving.folded import FoldedAdapter
 from reftune.serving.vllm.blocks import decoder_blocks
-from reftune.serving.vllm.requested import ModelShape, is_reft, read_checked
+from reftune.serving.vllm.requested import ModelShape, is_reft, read_checked, refuse_lora_unless
 from reftune.serving.vllm.slots import NAME, DenseSlots, PlannedSlots, Settings, Slots, Step
 
 logger = init_logger(__name__)
@@ -92,6 +92,7 @@ class ReftWorkerAdapters(LRUCacheWorkerLoRAManager):
             return ReftAdapter(number, kept)
         folder = path if is_reft(path) else get_adapter_absolute_path(path)
         if not is_reft(folder):
+            refuse_lora_unless(bool(self._adapter_manager.modules), path)
             return super()._load_adapter(lora_request)
         adapter = read_checked(folder, self._shape)
         if isinstance(self._slots, DenseSlots):

@@ -1,0 +1,186 @@
+"""vLLM engines against transformers, one by one: one engine a configuration, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.vllm.cases import Cases, run_engine
+
+pytestmark = pytest.mark.timeout(600)
+SMALL = {
+    "enforce_eager": True, "max_loras": 3, "max_cpu_loras": 4, "max_lora_rank": 8, "max_num_seqs": 16, "block_size": 32,
+    "max_num_batched_tokens": 32,
+}  # fmt: skip
+
+
+def answers(rounds: list[Any], index: int) -> list[list[int]]:
+    assert isinstance(rounds[index], list), rounds[index]
+    return [answer["tokens"] for answer in rounds[index]]
+
+
+def cached(rounds: list[Any], index: int) -> list[int]:
+    return [answer["cached"] for answer in rounds[index]]
+
+
+@pytest.fixture(scope="module")
+def requests(cases: Cases) -> list[dict[str, Any]]:
+    return cases.all_requests()
+
+
+@pytest.fixture(scope="module")
+def expected(cases: Cases, requests: list[dict[str, Any]]) -> list[list[int]]:
+    return cases.expected(requests)
+
+
+def turns(cases: Cases) -> list[list[dict[str, Any]]]:
+    """Three turns of a chat with each adapter: the next turn's prompt holds the last one's answer, as transformers gives it."""
+    system = (cases.prompts[-1] * 2)[:96]
+    batches: list[list[dict[str, Any]]] = []
+    prompts = {name: system + cases.prompts[3] for name in (None, "l1", "l1_everywhere", "f2l3_untied", "f7l7_noreft")}
+    for _ in range(3):
+        batch = [cases.request(name, prompt, tokens=8) for name, prompt in prompts.items()]
+        answers = cases.expected(batch)
+        prompts = {
+            name: prompt + answer + cases.prompts[2]
+            for (name, prompt), answer in zip(prompts.items(), answers, strict=True)
+        }
+        batches.append(batch)
+    return batches
+
+
+def test_mixed_batches_chunks_slots_and_a_warm_cache_give_the_answers_of_transformers(
+    cases: Cases, requests: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Ten adapters (a LoRA adapter among them) and the base model through three slots, 32 tokens a step.
+
+    Then chats whose turns end elsewhere each time; strengths; adapters that are refused, replaced and deleted.
+    """
+    broken, gone, changing = tmp_path / "broken", tmp_path / "gone", tmp_path / "changing"
+    shutil.copytree(cases.adapter("l1"), broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    for folder in (gone, changing):
+        shutil.copytree(cases.adapter("l1"), folder)
+    one = cases.request("l1", cases.prompts[3])
+    half = {**one, "adapter": "half", "path": f"{cases.adapter('l1')}*0.5"}
+    chat = turns(cases)
+    refused = {"broken": broken}
+    for name, change in {
+        "inside": {"component": "mlp_output"}, "activation": {"act_fn": "gelu"}, "saved": {"modules_to_save": ["lm_head"]},
+    }.items():  # fmt: skip
+        refused[name] = tmp_path / name
+        shutil.copytree(cases.adapter("l1"), refused[name])
+        config = refused[name] / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+
+    def ask(name: str, path: Path) -> dict[str, Any]:
+        return {**one, "adapter": name, "path": str(path)}
+
+    job = {
+        "model": cases.model,
+        "options": SMALL,
+        "rounds": [
+            requests, requests, *chat, [half],
+            *([ask(name, path)] for name, path in refused.items()),
+            [ask("gone", gone), ask("changing", changing)],
+            {"replace": [None, str(gone)]},
+            {"replace": [cases.adapter("f7l7_noreft"), str(changing)]},
+            requests[:20],  # which throws both out of slots and cache
+            [ask("gone", gone), ask("changing", changing), one],
+            {"beam": one},
+        ],
+    }  # fmt: skip
+    answer, printed = run_engine(tmp_path, job)
+    assert answer is not None, printed[-4000:]
+    rounds = answer["rounds"]
+    assert answers(rounds, 0) == answers(rounds, 1) == expected
+    assert sum(cached(rounds, 1)) > sum(cached(rounds, 0)) > 0
+    for index, batch in enumerate(chat):
+        assert answers(rounds, 2 + index) == cases.expected(batch)
+    first_turn = dict(zip([request["adapter"] for request in chat[0]], cached(rounds, 2), strict=True))
+    assert max(first_turn.values()) > 0 or sum(cached(rounds, 3)) > 0
+    assert answers(rounds, 5) == cases.expected([half])
+    assert "safetensors" in rounds[6]
+    assert "component='mlp_output'" in rounds[7]
+    assert "not linear" in rounds[8]
+    assert "modules_to_save" in rounds[9]
+    before = cases.expected([one])[0]
+    assert answers(rounds, 10) == [before, before]
+    assert answers(rounds, 13) == expected[:20]
+    assert answers(rounds, 14) == [before] * 3
+    assert "beam search" in rounds[15]
+    assert answer["additional"]["reftune"]["form"] == "planned"
+
+
+def test_the_dense_form_is_right_under_preemption_and_shares_prefixes_across_adapters(
+    cases: Cases, requests: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
+) -> None:
+    shared = (cases.prompts[-1] * 2)[:100]
+    names = [None, "l1", "l1_everywhere", "f2l3_untied"]
+    one_by_one = [[cases.request(name, shared)] for name in names]
+    job = {
+        "model": cases.model,
+        "options": {
+            **SMALL, "max_loras": 12, "max_cpu_loras": 12, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 12,
+            "additional_config": {"reftune": {"form": "dense"}},
+        },
+        "rounds": [requests, *one_by_one],
+    }  # fmt: skip
+    answer, printed = run_engine(tmp_path, job)
+    assert answer is not None, printed[-4000:]
+    assert answers(answer["rounds"], 0) == expected
+    assert answer["preemptions"] > 0
+    for index, batch in enumerate(one_by_one):
+        assert answers(answer["rounds"], 1 + index) == cases.expected(batch)
+    # 100 tokens are three whole blocks: edits at the prompt's end leave them the base model's, edits at its start do not.
+    assert [cached(answer["rounds"], 1 + index) for index in range(4)][1:] == [[96], [96], [0]]
+
+
+def test_the_second_model_runner_with_the_triton_kernel_gives_the_answers_of_transformers(
+    cases: Cases, tmp_path: Path
+) -> None:
+    requests = cases.all_requests(tokens=4)
+    options = {**SMALL, "max_num_batched_tokens": 64, "additional_config": {"reftune": {"form": "dense"}}}
+    job = {"model": cases.model, "options": options, "rounds": [requests], "second_runner": True}
+    answer, printed = run_engine(tmp_path, job, timeout=500)
+    assert answer is not None, printed[-4000:]
+    assert answers(answer["rounds"], 0) == cases.expected(requests)
+    assert ".gpu.model_runner" in answer["runner"] or ".cpu.model_runner" in answer["runner"], answer["runner"]
+
+
+@pytest.mark.parametrize("form", ["dense", "planned"])
+def test_a_compiled_graph_keeps_the_edits(form: str, cases: Cases, tmp_path: Path) -> None:
+    requests = [request for request in cases.all_requests(tokens=6) if request["adapter"] != "lora"]
+    options = {
+        "max_loras": 12, "max_cpu_loras": 12, "max_num_batched_tokens": 64, "lora_target_modules": ["none"],
+        "block_size": 32, "max_num_seqs": 16, "additional_config": {"reftune": {"form": form}},
+    }  # fmt: skip
+    job = {
+        "model": cases.model, "options": options, "rounds": [requests], "compile": True,
+        "environment": {"VLLM_CPU_CI_ENV": "1"},
+    }  # fmt: skip
+    answer, printed = run_engine(tmp_path, job)
+    assert answer is not None, printed[-4000:]
+    assert answer["mode"] != "0"
+    assert answers(answer["rounds"], 0) == cases.expected(requests)
+
+
+def test_a_server_whose_edits_do_nothing_does_not_start(cases: Cases, tmp_path: Path) -> None:
+    job = {"model": cases.model, "options": SMALL, "rounds": [], "sabotage": "hooks"}
+    answer, printed = run_engine(tmp_path, job)
+    assert answer is None
+    assert "self-test: two opposite edits" in printed
+
+
+def test_a_vllm_that_has_changed_is_refused_by_a_server_of_adapters(cases: Cases, tmp_path: Path) -> None:
+    job = {
+        "model": cases.model, "options": SMALL, "rounds": [], "sabotage": "signature",
+        "environment": {"REFTUNE_ADAPTERS": str(cases.folder / "adapters")},
+    }  # fmt: skip
+    answer, printed = run_engine(tmp_path, job)
+    assert answer is None
+    assert "set_active_loras takes (self, batch), not (self, input_batch, num_scheduled_tokens, ...)" in printed
