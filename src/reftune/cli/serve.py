@@ -49,10 +49,10 @@ def serve(
     model, extra = (arguments[0], arguments[1:]) if arguments and named else ("smollm2", arguments or [])
     from reftune.serving.choosing import choose_engine, refuse_extra
 
-    chosen, why = choose_engine(engine, model)
+    folders = [str(folder) for folder in adapters or []]
+    chosen, why = choose_engine(engine, model, folders)
     if why:
         typer.echo(why, err=True)
-    folders = [str(folder) for folder in adapters or []]
     if chosen == "vllm":
         length = ["--max-model-len", str(settings.max_model_len)] if settings.max_model_len else []
         import_module("reftune.serving.vllm.launch").launch(

@@ -9,6 +9,7 @@
 - `requests.py`: what an engine is asked and gives back; `expression.py`: several adapters with strengths.
 - `catalogue.py`: which adapters may be served, found without loading; `choosing.py`: which engine serves.
 - `server.py` and `settings.py`: `reftune serve`; the room `api` is its HTTP interface, the room `page` its page.
+- The room `vllm` is a plug-in that serves the same adapters in an installed vLLM.
 
 It must not import `cli`, `training` or what is built on them. The first three files import nothing of
 transformers or PEFT when they are imported, so that an inference engine's process can use them.

@@ -11,12 +11,13 @@ from reftune.errors import ReftuneError
 ENGINES = ("auto", "embedded", "vllm")
 
 
-def choose_engine(wanted: str, model: str) -> tuple[str, str]:
+def choose_engine(wanted: str, model: str, adapters: Sequence[str] = ()) -> tuple[str, str]:
     """The engine to use, and a line that says why it is not vLLM where that was left open.
 
     Args:
         wanted: ``auto``, ``embedded`` or ``vllm``.
         model: the base model.
+        adapters: folders of its adapters.
 
     Raises:
         ReftuneError: an engine that does not exist, or vLLM where it is missing or cannot serve the model.
@@ -25,7 +26,7 @@ def choose_engine(wanted: str, model: str) -> tuple[str, str]:
         raise ReftuneError(f"--engine {wanted}: choose one of {', '.join(ENGINES)}.")
     if wanted == "embedded":
         return "embedded", ""
-    reason = _why_not_vllm(model)
+    reason = _why_not_vllm(model, adapters)
     if wanted == "vllm":
         if reason:
             raise ReftuneError(f"--engine vllm: {reason}.")
@@ -45,7 +46,7 @@ def refuse_extra(arguments: Sequence[str]) -> None:
         )
 
 
-def _why_not_vllm(model: str) -> str | None:
+def _why_not_vllm(model: str, adapters: Sequence[str]) -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (pip install vllm)"
-    return import_module("reftune.serving.vllm.launch").supported(model)
+    return import_module("reftune.serving.vllm.launch").supported(model, adapters)

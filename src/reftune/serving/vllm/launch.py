@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from reftune.adapter.checkpoint import CONFIG_FILE
 from reftune.errors import ReftuneError
+from reftune.models import BUNDLED, bundled_folder
 from reftune.serving.catalogue import Catalogue
 from reftune.serving.vllm.requested import FOLDERS
 
@@ -64,6 +65,9 @@ def launch(model: str, adapters: Sequence[str | Path], port: int, host: str, ext
     Raises:
         ReftuneError: vLLM is not there, a folder is not, or a flag that takes the adapters away.
     """
+    if model == BUNDLED:
+        named = any(flag.startswith("--served-model-name") for flag in extra)
+        model, extra = str(bundled_folder()), [*extra, *([] if named else ["--served-model-name", BUNDLED])]
     command, environment = command_line(model, adapters, port, host, extra)
     os.execve(command[0], command, {**os.environ, **environment})
 

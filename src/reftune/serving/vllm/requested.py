@@ -90,8 +90,8 @@ def refuse_lora_unless(acting: bool, path: str) -> None:
     """
     if not acting:
         raise ReftuneError(
-            f"{path}: a LoRA adapter, and this server was started for ReFT adapters alone (--lora-target-modules none). "
-            "Start it without that flag, or with a LoRA adapter in its folders."
+            f"{path}: a LoRA adapter, and this server was started for ReFT adapters alone "
+            "(--lora-target-modules none). Start it without that flag, or with a LoRA adapter in its folders."
         )
 
 
