@@ -42,7 +42,7 @@ def chosen(sampling: Sampling, scores: torch.Tensor, times: int = 1) -> list[int
             [TemperatureLogitsWarper(0.8), TopKLogitsWarper(6), TopPLogitsWarper(0.9)],
         ),
     ],
-    ids=str,
+    ids=["plain", "temperature", "top_k", "top_p", "all"],
 )
 def test_tokens_come_as_often_as_transformers_processors_make_them_likely(sampling: Sampling, processors) -> None:
     scores, times = logits(), 4000

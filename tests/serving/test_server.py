@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from reftune.cli import app
 from tests.cli.tiny_folder import save_tiny_model
-from tests.serving.adapters import answers, save_adapter
+from tests.serving.tiny_adapters import answers, save_adapter
 
 POSITIONS = {"last": "l1", "on": "l1+generated", "every": "all", "whole": "prompt", "ends": "f2+l2"}
 CHAT: dict[str, Any] = {
