@@ -38,6 +38,11 @@ def supported(model: str, adapters: Sequence[str | Path] = ()) -> str | None:
         return f"this version of vLLM is not known: {changed[0]}"
     if reason := _architecture(model):
         return reason
+    return unservable_adapter(adapters)
+
+
+def unservable_adapter(adapters: Sequence[str | Path]) -> str | None:
+    """The first adapter of these folders that vLLM cannot serve, and why; None where it can serve all."""
     catalogue = Catalogue(adapters)
     for name in catalogue.names():
         config = _config(catalogue, name)
