@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait asleep: on a busy machine spinning ones take the time of those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check format bench docs
+.PHONY: demo test test-vllm check format bench docs
 
 # torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
 # Bundled weights come without their runtimes: docs/decisions/0001-bundled-weights-without-their-runtime.md
@@ -27,6 +27,20 @@ demo: $(READY)
 # Two workers of one thread each: tiny models gain nothing from more threads, and two cores are what a small machine has.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# vLLM has an environment of its own, of 4 GB.
+VLLM_READY := .venv-vllm/.installed
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/pip install --quiet --no-deps -e .
+	.venv-vllm/bin/python -m tests.serving.vllm.name_distribution
+	touch $@
+
+test-vllm: $(VLLM_READY)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/serving/vllm $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -117,8 +117,9 @@ def test_mixed_batches_chunks_slots_and_a_warm_cache_give_the_answers_of_transfo
 
 
 def test_the_dense_form_is_right_under_preemption_and_shares_prefixes_across_adapters(
-    cases: Cases, requests: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
+    cases: Cases, tmp_path: Path
 ) -> None:
+    requests = cases.all_requests(tokens=30)[:32]  # long enough to need a further block each
     shared = (cases.prompts[-1] * 2)[:100]
     names = [None, "l1", "l1_everywhere", "f2l3_untied"]
     one_by_one = [[cases.request(name, shared)] for name in names]
@@ -132,7 +133,7 @@ def test_the_dense_form_is_right_under_preemption_and_shares_prefixes_across_ada
     }  # fmt: skip
     answer, printed = run_engine(tmp_path, job)
     assert answer is not None, printed[-4000:]
-    assert answers(answer["rounds"], 0) == expected
+    assert answers(answer["rounds"], 0) == cases.expected(requests)
     assert answer["preemptions"] > 0
     for index, batch in enumerate(one_by_one):
         assert answers(answer["rounds"], 1 + index) == cases.expected(batch)

@@ -5,7 +5,7 @@ given to vLLM wherever it takes a LoRA folder: names, ids, slots, scheduling, th
 vLLM's own, and LoRA adapters go on working beside.
 
 - `hooking.py`: every name of vLLM that is replaced, in one list with its signature; what happens where one has changed.
-- `requested.py`: EngineCore: an adapter is read and checked when a request first names it.
+- `requested.py`: an adapter is read and checked when a request first names it.
 - `block_keys.py`: EngineCore: which requests may share a block of the prefix cache.
 - `startup.py`: EngineCore: combinations that are refused, and a self-test that an edit moves a token.
 - `worker.py`: worker: ReFT adapters in vLLM's cache of adapters, and the four numbers a request of each step.

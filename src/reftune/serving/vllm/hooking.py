@@ -19,6 +19,7 @@ TESTED = ("0.31", "0.32", "0.33")
 EXPECTED = {
     "vllm.v1.engine.core:EngineCore.__init__": ["self", "vllm_config"],
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ["self", "request"],
+    "vllm.v1.engine.input_processor:InputProcessor._validate_lora": ["self", "lora_request"],
     "vllm.v1.engine.core:EngineCore.add_request": ["self", "request", "request_wave"],
     "vllm.v1.engine.core:EngineCore.step": ["self"],
     "vllm.v1.engine.core:EngineCore.post_step": ["self", "model_executed"],
@@ -96,6 +97,7 @@ def install() -> None:
     LoRAModelRunnerMixin._reftune = True
     _hook_workers(LoRAModelRunnerMixin)
     _hook_engine_core()
+    _check_requests()
     _refuse_beam_search()
     if os.environ.get(FOLDERS):
         from reftune.serving.vllm.server import add_resolver
@@ -143,8 +145,7 @@ def _hook_engine_core() -> None:
     from reftune.serving.vllm.block_keys import keyed
     from reftune.serving.vllm.startup import refuse, self_test
 
-    stock_init, stock_preprocess = EngineCore.__init__, EngineCore.preprocess_add_request
-    stock_keys = kv_cache_utils.generate_block_hash_extra_keys
+    stock_init, stock_keys = EngineCore.__init__, kv_cache_utils.generate_block_hash_extra_keys
 
     @functools.wraps(stock_init)
     def init(self: Any, vllm_config: Any, *rest: Any, **options: Any) -> None:
@@ -158,13 +159,28 @@ def _hook_engine_core() -> None:
         stock_init(self, vllm_config, *rest, **options)
         self_test(self)
 
-    @functools.wraps(stock_preprocess)
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        if request.lora_request is not None and hasattr(self, "reftune_requested"):
-            self.reftune_requested.known(request.lora_request)  # refused here, where only this request fails
-        return stock_preprocess(self, request)
+    EngineCore.__init__ = init
 
-    EngineCore.__init__, EngineCore.preprocess_add_request = init, preprocess_add_request
+
+def _requested(vllm_config: Any) -> Requested:
+    return Requested(ModelShape.of(vllm_config), vllm_config.lora_config.target_modules != ["none"])
+
+
+def _check_requests() -> None:
+    """Refuse an adapter where a request comes in: only that request fails, nothing of it is under way yet."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    stock = InputProcessor._validate_lora
+
+    @functools.wraps(stock)
+    def _validate_lora(self: Any, lora_request: Any) -> None:
+        stock(self, lora_request)
+        if lora_request is not None:
+            if not hasattr(self, "_reftune_requested"):
+                self._reftune_requested = _requested(self.vllm_config)
+            self._reftune_requested.known(lora_request)
+
+    InputProcessor._validate_lora = _validate_lora
 
 
 def _refuse_beam_search() -> None:
