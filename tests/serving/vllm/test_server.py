@@ -191,3 +191,8 @@ def test_a_changed_folder_is_taken_up_only_when_it_is_whole(written: Cases, tmp_
     assert "a" in table  # its configuration speaks of other layers
     shutil.copyfile(Path(written.adapter("l1_everywhere")) / "adapter_config.json", folder / "adapter_config.json")
     assert "a" not in table and not list(table)
+    table["a"] = SimpleNamespace(lora_path=str(folder))
+    shutil.rmtree(folder)
+    assert "a" not in table
+    table["b"] = SimpleNamespace(lora_path=written.adapter("lora"))
+    assert "b" in table

@@ -48,20 +48,20 @@ class CurrentAdapters(dict[str, Any]):
 
     def __init__(self, entries: dict[str, Any]):
         super().__init__()
-        self._signatures: dict[str, tuple[int, ...]] = {}
+        self._signatures: dict[str, tuple[int, ...] | None] = {}
         for name, request in entries.items():
             self[name] = request
 
     def __setitem__(self, name: str, request: Any) -> None:
         super().__setitem__(name, request)
-        self._signatures[name] = signature(request.lora_path)
+        self._signatures[name] = signature(request.lora_path) if is_reft(request.lora_path) else None
 
     def __contains__(self, name: object) -> bool:
         if not super().__contains__(name):
             return False
         request = self[str(name)]
-        now = signature(request.lora_path)
-        if now == self._signatures[str(name)] or not is_reft(request.lora_path):
+        known, now = self._signatures[str(name)], signature(request.lora_path)
+        if known is None or now == known:
             return True
         try:
             read_folded(split_scale(request.lora_path)[0])
