@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -22,15 +23,16 @@ class ProgressBarCallback(TrainerCallback):
     Args:
         throughput: where tokens a second come from.
         console: where to print; standard error by default.
-        every_seconds: time between two lines where there is no terminal.
+        every_seconds: time between two lines where there is no terminal; ``REFTUNE_PROGRESS_SECONDS``, or 5, if None.
     """
 
     def __init__(
-        self, throughput: ThroughputCallback, console: Console | None = None, every_seconds: float = 5.0
+        self, throughput: ThroughputCallback, console: Console | None = None, every_seconds: float | None = None
     ) -> None:
         self._throughput = throughput
         self._console = console if console is not None else terminal.console(stderr=True)
-        self._every_seconds = every_seconds
+        asked = os.environ.get("REFTUNE_PROGRESS_SECONDS", "5") if every_seconds is None else every_seconds
+        self._every_seconds = float(asked)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None

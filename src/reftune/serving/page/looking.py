@@ -37,7 +37,8 @@ def picture_of(folder: Path) -> bytes:
     axes.set_xlabel("layer")
     axes.set_ylabel("norm of the edit")
     axes.set_title(f"{found.config.method}, rank {found.config.r}, at {found.config.positions}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    axes.margins(y=0.25)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()

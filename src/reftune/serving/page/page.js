@@ -52,7 +52,7 @@ for (const tab of document.querySelectorAll("[role=tab]")) {
     }
   };
   tab.onkeydown = (event) => {
-    const tabs = [...document.querySelectorAll("[role=tab]")], step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const tabs = [...document.querySelectorAll("[role=tab]:not([hidden])")], step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (step) { const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length]; next.focus(); next.click(); }
   };
 }
@@ -109,14 +109,18 @@ function messages(turns) {
 
 async function write(side, model, scale, signal) {
   const log = at(`log-${side}`), line = say(log, "answer", "");
-  const answer = await call("/v1/chat/completions", { model, scale, messages: messages(talk[side]), stream: true,
-    temperature: Number(at("temperature").value), max_tokens: Number(at("longest").value) }, signal);
-  for await (const piece of events(answer)) {
-    if (piece.error) throw new Error(piece.error.message);
-    line.textContent += piece.choices[0]?.delta?.content || "";
-    log.scrollTop = log.scrollHeight;
+  try {
+    const answer = await call("/v1/chat/completions", { model, scale, messages: messages(talk[side]), stream: true,
+      temperature: Number(at("temperature").value), max_tokens: Number(at("longest").value) }, signal);
+    for await (const piece of events(answer)) {
+      if (piece.error) throw new Error(piece.error.message);
+      line.textContent += piece.choices[0]?.delta?.content || "";
+      log.scrollTop = log.scrollHeight;
+    }
+  } finally { // a turn that got no answer is not part of the next prompt
+    if (line.textContent) talk[side].push({ role: "assistant", content: line.textContent });
+    else talk[side].pop();
   }
-  talk[side].push({ role: "assistant", content: line.textContent });
 }
 
 async function colour(model) {
@@ -143,7 +147,6 @@ at("ask").onsubmit = async (event) => {
     write("edited", model, scale, running.signal)]);
   const failed = done.find((one) => one.status === "rejected" && one.reason.name !== "AbortError");
   if (failed) trouble(failed.reason.message);
-  for (const side of ["base", "edited"]) if (talk[side].at(-1).role === "user") talk[side].push({ role: "assistant", content: "" });
   running = null;
   at("send").disabled = false; at("stop").hidden = true;
   at("prompt").focus();
@@ -166,17 +169,22 @@ function svg(kind, attributes, text) {
   return element;
 }
 
+function sheet(id) { // an empty picture as wide as its place, so that its letters keep their size; returns that width
+  at(id).toggleAttribute("hidden", false);
+  at(id).setAttribute("viewBox", `0 0 ${at(id).clientWidth} 240`);
+  return at(id).clientWidth;
+}
+
 function curve(losses) {
-  const [left, right, top, bottom] = [46, 630, 14, 210], steps = losses.at(-1)[1];
+  const [left, right, top, bottom] = [46, sheet("curve") - 14, 14, 208], steps = losses.at(-1)[1];
   const high = Math.max(...losses.map((loss) => loss[2])) * 1.05 || 1;
   const x = (step) => left + (right - left) * step / Math.max(steps, 1), y = (loss) => bottom - (bottom - top) * loss / high;
   at("curve").replaceChildren(
     svg("line", { class: "axis", x1: left, y1: bottom, x2: right, y2: bottom }),
     svg("line", { class: "axis", x1: left, y1: top, x2: left, y2: bottom }),
-    svg("text", { x: 4, y: top + 8 }, high.toFixed(2)), svg("text", { x: 4, y: bottom }, "0"),
-    svg("text", { x: right - 90, y: 228 }, `optimiser step ${steps}`), svg("text", { x: left, y: 228 }, "loss, nats a token"),
+    svg("text", { class: "end", x: left - 6, y: top + 8 }, high.toFixed(2)), svg("text", { class: "end", x: left - 6, y: bottom }, "0"),
+    svg("text", { class: "end", x: right, y: 228 }, `optimiser step ${steps}`), svg("text", { x: left, y: 228 }, "loss, nats a token"),
     svg("polyline", { class: "line", points: losses.map(([step, , loss]) => `${x(step)},${y(loss)}`).join(" ") }));
-  at("curve").toggleAttribute("hidden", false);
 }
 
 at("training").onsubmit = async (event) => {
@@ -222,19 +230,18 @@ at("looking").onsubmit = async (event) => {
 };
 
 function removal(sites) {
-  const [left, right, top, bottom] = [46, 630, 24, 180], high = Math.max(...sites.map((site) => site.nats), 1e-9);
+  const [left, right, top, bottom] = [14, sheet("removal") - 14, 46, 196], high = Math.max(...sites.map((site) => site.nats), 1e-9);
   const wide = (right - left) / sites.length;
   at("removal").replaceChildren(
-    svg("text", { x: left, y: 14 }, "how far the next token moves when one edit is left out, nats"),
-    svg("text", { x: 4, y: top + 8 }, high.toPrecision(2)), svg("line", { class: "axis", x1: left, y1: bottom, x2: right, y2: bottom }),
+    svg("text", { x: left, y: 20 }, "how far the next token moves without one edit, nats"), svg("line", { class: "axis", x1: left, y1: bottom, x2: right, y2: bottom }),
     ...sites.flatMap((site, index) => {
-      const tall = (bottom - top) * Math.max(site.nats, 0) / high;
-      const bar = svg("rect", { x: left + index * wide + 1, y: bottom - tall, width: Math.max(wide - 2, 1), height: tall });
+      const tall = (bottom - top) * Math.max(site.nats, 0) / high, middle = left + (index + 0.5) * wide, thick = Math.min(wide * 0.8, 64);
+      const bar = svg("rect", { x: middle - thick / 2, y: bottom - tall, width: thick, height: tall });
       bar.append(svg("title", {}, `${site.path}: ${site.nats.toFixed(4)}`));
-      const label = index % Math.ceil(sites.length / 16) ? [] : [svg("text", { x: left + index * wide + 2, y: 196 }, site.layer ?? index)];
-      return [bar, ...label];
-    }), svg("text", { x: right - 30, y: 212 }, "layer"));
-  at("removal").toggleAttribute("hidden", false);
+      if (index % Math.ceil(44 / wide)) return [bar]; // a label needs some 44 pixels
+      return [bar, svg("text", { class: "middle", x: middle, y: bottom - tall - 6 }, site.nats.toPrecision(2)),
+        svg("text", { class: "middle", x: middle, y: bottom + 16 }, site.layer ?? index)];
+    }), svg("text", { class: "end", x: right, y: 232 }, "layer"));
 }
 
 load();

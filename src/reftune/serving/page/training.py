@@ -115,7 +115,7 @@ class Trainings:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", "from reftune.cli import main; main()", "train", *arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-                env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"},
+                env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200", "REFTUNE_PROGRESS_SECONDS": "0.1"},
             )  # fmt: skip
             if run.state == "stopped":  # while the process was being made
                 self.stop()
