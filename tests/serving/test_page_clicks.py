@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.cli.tiny_folder import save_tiny_model, write_rows
-from tests.serving.adapters import save_adapter
 from tests.serving.test_server import Served
+from tests.serving.tiny_adapters import save_adapter
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
