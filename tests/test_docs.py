@@ -56,6 +56,7 @@ NOT_RUN = {
     "docs/how-to/predict.md": ["reftune train recipe.yaml"],
     "docs/how-to/recipes.md": ["reftune train recipes/paper/"],
     "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
+    "docs/how-to/serve.md": ["reftune serve smollm2 --adapters out --port", "from openai", "--api-keys keys.txt"],
     "docs/how-to/sweep.md": ["reftune sweep"],
     "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
     "docs/migrating.md": ["reftune import-pyreft"],

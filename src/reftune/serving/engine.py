@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import queue
 import threading
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -321,8 +322,13 @@ class EmbeddedEngine:
     def _cancel(self, request: str, answer: _Answer) -> None:
         if not answer.done:
             self._manager.cancel_request(request)
-        with self._manager.output_router._lock:
-            self._manager.output_router.result_handlers.pop(request, None)
+        router = self._manager.output_router
+        with router._lock:
+            router.result_handlers.pop(request, None)
+        # Tokens are out before transformers delivers the whole answer, which nobody then takes: it would stay for ever.
+        with suppress(queue.Empty):
+            while True:
+                router.output_queue.get_nowait()
 
     # Numbers
 
