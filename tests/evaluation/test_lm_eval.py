@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 import reftune
 from reftune.cli import app
-from reftune.engine.positions import parse_positions
+from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
 from reftune.evaluation.lm_eval import ReftuneLM, ScoredRow
 from reftune.models import load

@@ -1,4 +1,7 @@
-"""Adapter folders: what is checked when one is loaded, and loading with errors that say what is wrong with the file."""
+"""Adapter folders: what is checked when one is loaded, and loading with errors that say what is wrong with the file.
+
+PEFT and torch are imported by what needs them: `reftune info` reads a folder without.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
 from reftune.output.json_files import read_json_object
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -21,39 +24,6 @@ EDIT_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<block>.*?)\.?intervention\.(?P<kind>reft_edits|reft_suffix_edits)\.(?P<tensor>\w+)$"
 )
 """A tensor of an edit in a weights file: its block's path, which of an untied pair it belongs to, and its own name."""
-
-
-def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Compare an adapter's tensors with the edits that the model has for it, before any is copied.
-
-    PEFT copies what fits by name and warns about the rest, which would leave edits at random values.
-
-    Args:
-        model: the model or PEFT model with the adapter's edits in place.
-        config: the adapter's configuration, for the message.
-        adapter_name: the adapter's name on this model.
-        tensors: tensors by the model's own parameter names.
-
-    Raises:
-        ReftuneError: a tensor that is missing or of another shape.
-    """
-    marks = (f".reft_edits.{adapter_name}.", f".reft_suffix_edits.{adapter_name}.")
-    expected = {name: value for name, value in model.state_dict().items() if any(mark in name for mark in marks)}
-    base = getattr(config, "base_model_name_or_path", None)
-    prefix = "base_model.model."
-    given = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    for name, value in expected.items():
-        found = given.get(name.removeprefix(prefix))
-        if found is None:
-            raise ReftuneError(
-                f"The adapter holds no tensor for {name.removeprefix(prefix)}: its file is incomplete, or it was "
-                f"trained on another base model than this one (trained on {base!r})."
-            )
-        if found.shape != value.shape:
-            raise ReftuneError(
-                f"The adapter's {name.removeprefix(prefix)} has shape {tuple(found.shape)}, this base model needs "
-                f"{tuple(value.shape)}: it was trained on another base model ({base!r}). Load that one."
-            )
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -83,7 +53,7 @@ def check_weights_file(folder: str | Path) -> None:
     if not path.is_file():
         raise ReftuneError(f"{path} does not exist; the adapter was not saved to its end. Use an earlier checkpoint.")
     try:
-        with safe_open(path, framework="pt") as tensors:
+        with safe_open(path, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 tensors.get_slice(name)
     except (SafetensorError, OSError) as error:
@@ -104,8 +74,11 @@ def load_adapter(model: nn.Module, folder: str | Path, is_trainable: bool = Fals
     Raises:
         ReftuneError: a folder, file or base model that does not fit.
     """
+    from peft import PeftModel
+
+    import reftune.adapter.config  # noqa: F401 (PEFT learns of REFT)
+
     read_adapter_config(folder)
     check_weights_file(folder)
-    from peft import PeftModel  # here, so that folders can be read without PEFT
 
     return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)

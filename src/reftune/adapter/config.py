@@ -8,17 +8,17 @@ from typing import Any, Literal, get_args, no_type_check
 
 import torch
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
 from torch import nn
 
+from reftune.adapter.tuner import REFT, ReftModel
 from reftune.edits import Edit, edit_class, make_edit, method_name
 from reftune.edits.base import Init
 from reftune.edits.rotated import Parametrization
 from reftune.engine.hooks import EditSpec
-from reftune.engine.positions import parse_positions
+from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
-
-REFT = "REFT"
 
 if REFT not in PeftType.__members__:
     import aenum
@@ -119,6 +119,10 @@ class ReftConfig(PeftConfig):
             share_weights=self.share_weights,
             options=self.options,
         )
+
+
+if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name="reft", config_cls=ReftConfig, model_cls=ReftModel, prefix=ReftModel.prefix)
 
 
 def _layers(layers: Any) -> int | list[int] | Literal["all"]:

@@ -1,23 +1,28 @@
-"""What an adapter folder holds, read from its two files without loading a base model."""
+"""What an adapter folder holds, read from its two files alone: no base model, torch or PEFT is loaded."""
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+import numpy as np
+import safetensors
 
-from reftune.adapter.checkpoint import EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
-from reftune.adapter.config import ReftConfig
-from reftune.edits import make_edit
-from reftune.engine.positions import Positions, parse_positions
+from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
 
+if TYPE_CHECKING:
+    from reftune.adapter.config import ReftConfig
+
+_READS = {
+    "loreft": "weight - B", "noreft": "weight - B", "consreft": "-B", "lobireft": "nothing",
+    "direft": "weight", "nodireft": "weight", "direft_orthogonal": "weight",
+}  # fmt: skip
+"""What reads the coordinates in each linear edit, as a checkpoint holds it; B is its rotation or projection."""
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -46,16 +51,24 @@ class EditInfo:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """An adapter: its configuration, its edits in the order of layers, and the size of its weights file in bytes."""
+    """An adapter: its folder, settings as saved, edits in the order of layers, and the size of its file in bytes."""
 
-    config: ReftConfig
+    folder: Path
+    settings: Mapping[str, Any]
     edits: list[EditInfo]
     file_bytes: int
 
     @property
+    def config(self) -> ReftConfig:
+        """The settings as PEFT takes them (this imports PEFT)."""
+        from reftune.adapter.config import ReftConfig
+
+        return ReftConfig.from_pretrained(str(self.folder))  # type: ignore[return-value]
+
+    @property
     def positions(self) -> Positions:
         """The positions, parsed."""
-        return parse_positions(self.config.positions)
+        return parse_positions(self.settings["positions"])
 
     @property
     def parameters(self) -> int:
@@ -70,49 +83,82 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
         ReftuneError: no adapter there, or a damaged file.
     """
     folder = Path(folder).expanduser()
-    values = read_adapter_config(folder)
+    settings = read_adapter_config(folder)
     check_weights_file(folder)
-    config = ReftConfig.from_pretrained(str(folder))
-    if not isinstance(config, ReftConfig):
-        raise ReftuneError(f"{folder}: peft_type is {values.get('peft_type')!r}, not 'REFT'.")
-    tensors: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / WEIGHTS_FILE).items():
+    for name in ("method", "r", "component", "positions"):
+        if name not in settings:
+            raise ReftuneError(f"{folder / CONFIG_FILE} has no {name}; the adapter must be saved again.")
+    parse_positions(settings["positions"])
+    held: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for name, tensor in safetensors.deserialize((folder / WEIGHTS_FILE).read_bytes()):
         if match := EDIT_KEY.match(name):
-            tensors.setdefault((match["block"], match["kind"]), {})[match["tensor"]] = tensor
-    if not tensors:
+            held.setdefault((match["block"], match["kind"]), {})[match["tensor"]] = _numbers(tensor)
+    if not held:
         raise ReftuneError(f"{folder / WEIGHTS_FILE} holds no edits.")
-    untied = {block for block, kind in tensors if kind == "reft_suffix_edits"}
+    untied = {block for block, kind in held if kind == "reft_suffix_edits"}
     edits = []
-    for (block, kind), held in tensors.items():
+    for (block, kind), tensors in held.items():
         part = "suffix" if kind == "reft_suffix_edits" else "prefix" if block in untied else "both"
-        edits.append(_edit_info(config, block, part, held))
+        edits.append(_edit_info(settings, block, part, tensors))
     edits.sort(key=lambda edit: (edit.layer if edit.layer is not None else -1, edit.block, edit.part))
-    return AdapterInfo(config, edits, (folder / WEIGHTS_FILE).stat().st_size)
+    return AdapterInfo(folder, settings, edits, (folder / WEIGHTS_FILE).stat().st_size)
 
 
-def _edit_info(config: ReftConfig, block: str, part: str, held: dict[str, Tensor]) -> EditInfo:
+def _edit_info(settings: Mapping[str, Any], block: str, part: str, tensors: dict[str, np.ndarray]) -> EditInfo:
     linear = constant = None
-    width = max(tensor.shape[-1] for tensor in held.values())
-    if (edit := _rebuilt(config, width, held)) is not None:
-        linear = float(torch.linalg.matrix_norm(edit.A.double() @ edit.B.double()))
-        constant = float(torch.linalg.vector_norm(edit.b.double() @ edit.B.double()))
+    if (form := _linear_form(settings, tensors)) is not None:
+        A, b, B = form
+        linear = float(np.sqrt(max(0.0, np.sum((A @ A.T) * (B @ B.T)))))  # ||A^T B||, without its width x width numbers
+        constant = float(np.linalg.norm(b @ B))
     numbers = _LAYER.findall(f".{block}")
     return EditInfo(
         block=block,
         layer=int(numbers[-1]) if numbers else None,
         part=part,
-        parameters=sum(tensor.numel() for tensor in held.values()),
-        norms={name: math.sqrt(float(tensor.double().square().sum())) for name, tensor in sorted(held.items())},
+        parameters=sum(tensor.size for tensor in tensors.values()),
+        norms={name: float(np.linalg.norm(tensor)) for name, tensor in sorted(tensors.items())},
         linear_norm=linear,
         constant_norm=constant,
     )
 
 
-def _rebuilt(config: ReftConfig, width: int, held: dict[str, Tensor]) -> Any:
-    """The edit as (A, b, B); None where it is not linear, or of a class that is not registered here."""
+def _linear_form(settings: Mapping[str, Any], held: dict[str, np.ndarray]) -> tuple[np.ndarray, ...] | None:
+    """(A^T, b, B) of h + (hA + b)B, as `fold` of the edit gives it; None where the edit is not linear."""
+    reads = _READS.get(settings["method"])
+    if reads is None:
+        return _form_of_own_class(settings, held)
+    if settings.get("act_fn") not in (None, "linear"):
+        return None
+    B = held.get("rotation", held.get("projection"))
+    b, weight = held.get("bias"), held.get("weight", np.zeros(1))
+    if B is None or b is None:
+        return None
+    A = {"weight": weight, "weight - B": weight - B, "-B": -B, "nothing": np.zeros_like(B)}[reads]
+    return A, b - held.get("offset", 0.0), B
+
+
+def _form_of_own_class(settings: Mapping[str, Any], held: dict[str, np.ndarray]) -> tuple[np.ndarray, ...] | None:
+    """The same of a user's edit, from its class; None where that is not registered here."""
+    import torch
+
+    from reftune.edits import make_edit
+
+    options = {name: settings[name] for name in ("dropout", "act_fn", "init") if name in settings}
     try:
-        edit: Any = make_edit(config.method, width, config.r, **config.options)
-        edit.load_state_dict(held)
-        return edit.eval().fold()
+        width = max(tensor.shape[-1] for tensor in held.values())
+        edit: Any = make_edit(settings["method"], width, settings["r"], **options)
+        edit.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in held.items()})
+        folded = edit.eval().fold()
     except (ReftuneError, AttributeError, NotImplementedError, RuntimeError):
         return None
+    return tuple(part.double().numpy() for part in (folded.A.mT, folded.b, folded.B))
+
+
+def _numbers(tensor: Mapping[str, Any]) -> np.ndarray:
+    """A tensor of a safetensors file in float64; numpy has no bfloat16, which is the upper half of a float32."""
+    data, kind = tensor["data"], tensor["dtype"]
+    if kind == "BF16":
+        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, {"F64": np.float64, "F32": np.float32, "F16": np.float16}.get(kind, np.float32))
+    return values.astype(np.float64).reshape(tensor["shape"])

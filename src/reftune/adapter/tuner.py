@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
-from reftune.adapter.checkpoint import check_tensors
-from reftune.adapter.config import REFT, ReftConfig
 from reftune.adapter.merging import merge_constant
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention
 from reftune.errors import ReftuneError
+
+REFT = "REFT"
+"""The adapter's kind, as PEFT and `adapter_config.json` have it."""
 
 
 class ReftLayer(BaseTunerLayer, Intervention):
@@ -86,8 +85,8 @@ class ReftModel(BaseTuner):
         Raises:
             ReftuneError: a layer, component or rank that this model does not have.
         """
-        config = self.peft_config[adapter_name]
-        if not isinstance(config, ReftConfig):
+        config: Any = self.peft_config[adapter_name]
+        if config.peft_type != REFT:
             raise ReftuneError(
                 f"adapter {adapter_name!r} is a {config.peft_type} adapter; ReFT attaches ReftConfig only."
             )
@@ -190,7 +189,7 @@ class ReftModel(BaseTuner):
                 else:
                     kept = module.original_module
                 setattr(self.model.get_submodule(parent), name, kept)
-        others = {name: c for name, c in self.peft_config.items() if not isinstance(c, ReftConfig)}
+        others = {name: c for name, c in self.peft_config.items() if c.peft_type != REFT}
         if others:
             self.model.peft_config = others
         elif hasattr(self.model, "peft_config"):
@@ -214,10 +213,34 @@ class ReftModel(BaseTuner):
         return remapped
 
 
-def register() -> None:
-    """Make PEFT know ReFT; once a process."""
-    if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name="reft", config_cls=ReftConfig, model_cls=ReftModel, prefix=ReftModel.prefix)
+def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Compare an adapter's tensors with the edits that the model has for it, before any is copied.
 
+    PEFT copies what fits by name and warns about the rest, which would leave edits at random values.
 
-register()
+    Args:
+        model: the model or PEFT model with the adapter's edits in place.
+        config: the adapter's configuration, for the message.
+        adapter_name: the adapter's name on this model.
+        tensors: tensors by the model's own parameter names.
+
+    Raises:
+        ReftuneError: a tensor that is missing or of another shape.
+    """
+    marks = (f".reft_edits.{adapter_name}.", f".reft_suffix_edits.{adapter_name}.")
+    expected = {name: value for name, value in model.state_dict().items() if any(mark in name for mark in marks)}
+    base = getattr(config, "base_model_name_or_path", None)
+    prefix = "base_model.model."
+    given = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    for name, value in expected.items():
+        found = given.get(name.removeprefix(prefix))
+        if found is None:
+            raise ReftuneError(
+                f"The adapter holds no tensor for {name.removeprefix(prefix)}: its file is incomplete, or it was "
+                f"trained on another base model than this one (trained on {base!r})."
+            )
+        if found.shape != value.shape:
+            raise ReftuneError(
+                f"The adapter's {name.removeprefix(prefix)} has shape {tuple(found.shape)}, this base model needs "
+                f"{tuple(value.shape)}: it was trained on another base model ({base!r}). Load that one."
+            )

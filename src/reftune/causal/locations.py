@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from reftune.engine.position_grammar import parse_positions
 from reftune.engine.position_plan import EVERY_ROW, Rows
-from reftune.engine.positions import TokenLayout, parse_positions
+from reftune.engine.positions import TokenLayout
 from reftune.engine.sites import Layers, Site, find_sites, find_stacks, resolve_layers
 from reftune.errors import ReftuneError
 

@@ -22,6 +22,13 @@ from reftune.output import terminal
 
 USER_ERROR, INTERRUPTED = 2, 130
 
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+
 logger = logging.getLogger("reftune")
 
 
@@ -135,14 +142,12 @@ def _options(
 
 
 def quieten() -> None:
-    """Let our own notes through and keep the libraries' to themselves; **changes the process's logging**."""
-    import datasets
-    import transformers
+    """Let our own notes through and keep the libraries' to themselves; **changes the process's logging**.
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    The libraries read these variables when they are imported, which is later: --help needs none of them.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
     if not logger.handlers:
         notes = logging.StreamHandler()

@@ -24,13 +24,14 @@ def info(
     from reftune.adapter.info import read_adapter_info
 
     found = read_adapter_info(folder)
-    config, console = found.config, terminal.console()
+    settings, console = found.settings, terminal.console()
     facts = Table(show_header=False, box=None, pad_edge=False)
-    facts.add_row("base model", Text(terminal.visible(str(config.base_model_name_or_path or "not recorded"))))
-    method = f"{config.method}, rank {config.r}" + (f", act_fn {config.act_fn}" if config.act_fn else "")
-    facts.add_row("method", Text(terminal.visible(method)))
-    facts.add_row("component", Text(terminal.visible(config.component)))
-    facts.add_row("positions", config.positions)
+    base = str(settings.get("base_model_name_or_path") or "not recorded")
+    facts.add_row("base model", Text(terminal.visible(base)))
+    act_fn = f", act_fn {settings['act_fn']}" if settings.get("act_fn") else ""
+    facts.add_row("method", Text(terminal.visible(f"{settings['method']}, rank {settings['r']}{act_fn}")))
+    facts.add_row("component", Text(terminal.visible(str(settings["component"]))))
+    facts.add_row("positions", found.positions.text)
     facts.add_row("parameters", f"{found.parameters:,} in {len(found.edits)} edit{'s' if len(found.edits) > 1 else ''}")
     facts.add_row("file", f"{found.file_bytes:,} bytes")
     console.print(facts, highlight=False)

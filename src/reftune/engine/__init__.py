@@ -6,7 +6,8 @@ The way of a forward, from `attach` to the edited tensor:
 2. `sites.py` and `blocks.py` find the modules that a component and layers name, by structure and never by model name.
 3. `Engine.place` gives each block a child module `intervention` (`intervention.py`), which holds the edits by adapter.
 4. A forward begins: the root's pre-hook asks the `Planner` (`planning.py`) what is edited in this call.
-5. It reads the layout of the tokens, masks, caches and prompt ends (`positions.py`, under compile `traced_layout.py`).
+5. It reads the layout of the tokens, masks, caches and prompt ends (`positions.py`, under compile `traced_layout.py`;
+   how positions are written: `position_grammar.py`).
 6. While `generate` runs, `prompt_memory.py` remembers mask and prompt lengths across its steps and beams.
 7. The result is one immutable `PositionPlan` (`position_plan.py`): the edited rows and positions by adapter.
 8. It travels down as a keyword argument to every block; `forwards.py` knows what a module's forward accepts.

@@ -10,7 +10,7 @@ from torch import nn
 
 from reftune.engine.hooks import CHANGING, EditSpec, Engine
 from reftune.engine.intervention import Intervention, Placement
-from reftune.engine.positions import parse_positions
+from reftune.engine.position_grammar import parse_positions
 from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
 

@@ -31,7 +31,7 @@ from reftune.engine.batching import GenerateBatch, InitContinuousBatching
 from reftune.engine.forwards import accepts_any_keyword
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.planning import Planner
-from reftune.engine.positions import Positions, parse_positions
+from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.engine.sites import Site, Stack, attention_module, find_sites
 from reftune.errors import ReftuneError
 
@@ -52,7 +52,7 @@ class EditSpec:
         r: rank.
         layers_to_transform: a layer, a list of layers (negatives count from the end), or ``"all"``.
         component: where in the block (see ``reftune.engine.sites``).
-        positions: which tokens (see ``reftune.engine.positions``).
+        positions: which tokens (see ``reftune.engine.position_grammar``).
         share_weights: one edit for prefix and suffix; False: one each.
         options: further arguments of the edit (dropout, act_fn, init, parametrization).
     """

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftune.edits import Edit
+from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import PositionPlan, Rows
-from reftune.engine.positions import Part, Positions
+from reftune.engine.positions import Part
 from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
 

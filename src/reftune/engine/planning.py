@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
 from reftune.engine.packed import packed_plan, spans_of
+from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import NOTHING, Mask, PositionPlan
-from reftune.engine.positions import Positions
 from reftune.engine.prompt_memory import PromptMemory
 from reftune.engine.traced_layout import layout_of
 from reftune.errors import ReftuneError

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reftune.engine.positions import Part, Positions, TokenLayout, whole_rows
+from reftune.engine.position_grammar import Positions
+from reftune.engine.positions import Part, TokenLayout, whole_rows
 from reftune.errors import ReftuneError
 
 Mask = Tensor | Mapping[str, Tensor] | None

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import NOTHING, Mask, PastPrompt, PositionPlan
-from reftune.engine.positions import Positions, TokenLayout
+from reftune.engine.positions import TokenLayout
 from reftune.engine.traced_layout import layout_of
 from reftune.errors import ReftuneError
 

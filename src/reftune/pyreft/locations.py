@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reftune.engine.positions import Positions
-from reftune.engine.positions import parse_positions as read_positions
+from reftune.engine.position_grammar import Positions
+from reftune.engine.position_grammar import parse_positions as read_positions
 from reftune.errors import ReftuneError
 
 NOWHERE = -1

@@ -15,7 +15,7 @@ from torch import nn
 
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention, Placement
-from reftune.engine.positions import Positions, parse_positions
+from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
 from reftune.pyreft.config import ReftConfig
 from reftune.pyreft.locations import location_masks, rows_by_intervention, subspace_directions

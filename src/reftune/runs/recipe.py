@@ -1,6 +1,9 @@
 """`TrainRecipe`: everything that decides a training run. Flags, YAML keys and `run.yaml` are all read off its fields.
 
 To add an option: one field here with its help, and the line in `runs` (or in one of the methods below) that uses it.
+
+Nothing heavy is imported at the top, and values are looked at before torch, transformers and PEFT are asked about them:
+`reftune train --help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -9,20 +12,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
-from reftune.adapter.config import ReftConfig
 from reftune.data.classification import NUMBER
 from reftune.data.glue import GLUE
-from reftune.data.tokenising import Encoding
-from reftune.edits import available_edits
-from reftune.edits.base import Init
-from reftune.edits.rotated import Parametrization
-from reftune.engine.positions import parse_positions
+from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, BUNDLED_ENCODER
 from reftune.runs.recipe_values import (
@@ -31,6 +27,7 @@ from reftune.runs.recipe_values import (
     coerce_fields,
     given,
     merged,
+    no_type_check,
     read_chat_template_kwargs,
     read_columns,
     read_labels,
@@ -39,8 +36,13 @@ from reftune.runs.recipe_values import (
     told_by_flag,
 )
 from reftune.runs.recipe_values import option as _option
-from reftune.training.arguments import no_type_check
 
+if TYPE_CHECKING:
+    from reftune.adapter.config import ReftConfig
+    from reftune.data.tokenising import Encoding
+
+EDITS = ("consreft", "direft", "direft_orthogonal", "lobireft", "loreft", "nodireft", "noreft")
+"""The library's own edits, for the help: `available_edits()` without importing torch."""
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
 _LIMITS = {
@@ -129,7 +131,7 @@ class TrainRecipe:
     )
     device: str | None = _option(None, "Model", "cpu, cuda, cuda:1, mps; default: the best there is.")
     quantization: Literal["4bit", "8bit"] | None = _option(None, "Model", "Load the base in 4 or 8 bits (CUDA).")
-    method: str = _option("loreft", "Adapter", f"The edit: {', '.join(available_edits())}, or a registered name.")
+    method: str = _option("loreft", "Adapter", f"The edit: {', '.join(EDITS)}, or a registered name.")
     rank: int = _option(4, "Adapter", "Dimensions of the edited subspace.", "dimensions", ("r", "low_rank_dimension"))
     layers: str | int | list[int] = _option(
         "all",
@@ -152,10 +154,10 @@ class TrainRecipe:
         0.0, "Adapter", "Chance that an element of the edit is dropped in training.", "share, 0 to 1"
     )
     act_fn: str | None = _option(None, "Adapter", "Activation inside the edit (relu, gelu, ...); default: linear.")
-    init: Init = _option(
+    init: Literal["identity", "paper"] = _option(
         "identity", "Adapter", "Start as the base model ('identity') or at random as the paper's code ('paper')."
     )
-    parametrization: Parametrization = _option(
+    parametrization: Literal["cholesky", "householder"] = _option(
         "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
     )
     epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
@@ -226,14 +228,24 @@ class TrainRecipe:
             raise ReftuneError(
                 f"warmup_steps={self.warmup_steps}: warmup_ratio={self.warmup_ratio:g} is given too; keep one of them."
             )
-        optimizers = [name.value for name in OptimizerNames]
-        if self.optimizer is not None and self.optimizer not in optimizers:
-            close = difflib.get_close_matches(self.optimizer, optimizers, n=3)
-            raise ReftuneError(f"optimizer={self.optimizer!r}: choose one of {', '.join(close or optimizers)}.")
-        schedules = [kind.value for kind in SchedulerType]
-        if self.schedule not in schedules:
-            raise ReftuneError(f"schedule={self.schedule!r}: choose one of {', '.join(schedules)}.")
+        self._check_libraries_names()
         self.adapter_config()
+
+    def _check_libraries_names(self) -> None:
+        """Refuse an optimizer or a schedule that transformers does not have; their defaults need no look."""
+        if self.optimizer is not None:
+            from transformers.training_args import OptimizerNames
+
+            optimizers = [name.value for name in OptimizerNames]
+            if self.optimizer not in optimizers:
+                close = difflib.get_close_matches(self.optimizer, optimizers, n=3)
+                raise ReftuneError(f"optimizer={self.optimizer!r}: choose one of {', '.join(close or optimizers)}.")
+        if self.schedule != "linear":
+            from transformers.trainer_utils import SchedulerType
+
+            schedules = [kind.value for kind in SchedulerType]
+            if self.schedule not in schedules:
+                raise ReftuneError(f"schedule={self.schedule!r}: choose one of {', '.join(schedules)}.")
 
     def _check_task(self) -> None:
         """Refuse options that the other task alone has."""
@@ -258,6 +270,8 @@ class TrainRecipe:
 
     def adapter_config(self, head: Sequence[str] = ()) -> ReftConfig:
         """The adapter as PEFT takes it; `head`: a classifier's modules that are trained and saved whole."""
+        from reftune.adapter.config import ReftConfig
+
         layers: Any = self.layers
         return ReftConfig(
             method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
@@ -269,6 +283,8 @@ class TrainRecipe:
 
     def encoding(self, tokenizer: Any) -> Encoding:
         """How rows become tokens."""
+        from reftune.data.tokenising import Encoding
+
         arguments = self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else None
         return Encoding(tokenizer, self.template, self.system_prompt, self.max_length, self.long_prompts, arguments)
 

@@ -92,6 +92,18 @@ def told_by_flag(flags: Mapping[str, Any] | None) -> Iterator[None]:
         raise ReftuneError(f"--{name.replace('_', '-')}={rest}") from None
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def no_type_check(cls: _Class) -> _Class:
+    """Keep the tests' run-time type checks away from a class, by this decorator's name.
+
+    A recipe takes what YAML and a command line give, and makes it the declared type itself. The decorator of that name
+    in `typing` would also hide the annotations, from which options are made.
+    """
+    return cls
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from reftune import models
 from reftune.data.showing import show_examples
-from reftune.engine.positions import parse_positions
+from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text

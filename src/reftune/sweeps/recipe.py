@@ -14,6 +14,7 @@ from reftune.runs.recipe_values import (
     check_names,
     coerce_fields,
     merged,
+    no_type_check,
     option,
     read_number,
     read_yaml,
@@ -21,7 +22,6 @@ from reftune.runs.recipe_values import (
     typed_fields,
 )
 from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
-from reftune.training.arguments import no_type_check
 
 _NOT_IN_A_SWEEP = ("metric", "resume", "show")
 """Fields of TrainRecipe that a sweep has otherwise or not at all."""

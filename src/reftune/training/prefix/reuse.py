@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from reftune.engine.hooks import Engine
-from reftune.engine.positions import Positions
+from reftune.engine.position_grammar import Positions
 from reftune.training.loss import IGNORED_LABEL
 from reftune.training.prefix.constant_states import ConstantStates, PrefixReuseOff, Row
 from reftune.training.prefix.obstacles import obstacle, sharding_obstacle

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from reftune.engine.positions import Positions
+from reftune.engine.position_grammar import Positions
 
 
 def shared_beginning(
