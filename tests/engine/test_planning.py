@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import reftune
+from reftune.engine.transformers_names import enable_checkpointing
 from tests.tiny_models import CAUSAL, ENCODER_DECODERS, TINY
 
 POSITIONS = ["l1", "f2", "f2+l3", "prompt", "all", "generated", "f1+l2+generated"]
@@ -112,7 +113,7 @@ def test_gradient_checkpointing_which_switches_the_cache_off_gives_the_same_toke
     model, _ = edited(positions="f1+l1", component="mlp_output")
     inputs = padded([7, 4])
     expected = greedy(model, inputs)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model.train()
     assert torch.equal(greedy(model, inputs), expected)
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import reftune
+from reftune.engine.transformers_names import enable_checkpointing
 from tests.tiny_models import CAUSAL, ENCODER_DECODERS, ENCODERS, TINY, tiny_inputs
 
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")  # torch's grouped matrix product has no float64
@@ -65,7 +66,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], name: s
 
 
 def with_checkpointing(model: nn.Module, reentrant: bool = False) -> nn.Module:
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from reftune.engine.transformers_names import checkpointing_arguments, checkpoints_activations
 from reftune.training.prompt_ends import with_prompt_ends
 from tests.tiny_models import TINY
 from tests.training.toy_rows import batch, history, lora_model, reft_model, rows, trainer, weights
@@ -122,14 +123,13 @@ def test_checkpointed_activations_give_the_same_gradients(tmp_path: Path, make: 
         run = trainer(
             tmp_path,
             make(),
-            activation_checkpointing=checkpointing,
             prefix_reuse="off",  # checkpointing switches it off: only that is to differ
-            activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            **checkpointing_arguments(checkpointing, {"use_reentrant": False} if checkpointing else None),
         )
         keep = KeepGradients()
         run.add_callback(keep)
         run.train()
-        assert run.model.base_model.model.is_gradient_checkpointing == checkpointing
+        assert checkpoints_activations(run.model.base_model.model) == checkpointing
         found.append(keep.seen)
     assert found[0].keys() == found[1].keys() and found[0]
     for name, gradient in found[0].items():
@@ -139,7 +139,7 @@ def test_checkpointed_activations_give_the_same_gradients(tmp_path: Path, make: 
 
 def test_nothing_below_the_edited_layer_runs_backward(tmp_path: Path) -> None:
     needed, above = [], []
-    run = trainer(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False})
+    run = trainer(tmp_path, **checkpointing_arguments(True, {"use_reentrant": False}))
     embeddings = run.model.get_input_embeddings()
     layers = run.model.base_model.model.model.layers
     for below in (embeddings, layers[0]):

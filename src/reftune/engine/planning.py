@@ -20,6 +20,7 @@ from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import NOTHING, Mask, PositionPlan
 from reftune.engine.prompt_memory import PromptMemory
 from reftune.engine.traced_layout import layout_of
+from reftune.engine.transformers_names import checkpoints_activations
 from reftune.errors import ReftuneError
 
 CALL_ARGUMENTS = ("prompt_lengths", "intervention_mask", "intervention_directions")
@@ -268,7 +269,7 @@ class Planner:
         return _of_stack(waiting[0].plans, stack) if waiting else NOTHING
 
     def _await_backward(self, call: _Call) -> None:
-        if call.counted or not call.with_grad or not getattr(self.model, "is_activation_checkpointing", False):
+        if call.counted or not call.with_grad or not checkpoints_activations(self.model):
             return
         call.counted = True
         own = self._here.awaiting
@@ -309,7 +310,7 @@ class Planner:
         cache = kwargs.get("past_key_values")
         if past:
             self._rewind(cache, past, memory, active, args, kwargs)
-        if self.model.training and getattr(self.model, "is_activation_checkpointing", False):
+        if self.model.training and checkpoints_activations(self.model):
             if kwargs.setdefault("use_cache", False) is False:
                 logger.warning_once(CHECKPOINTED_GENERATION)
         self._here.memories.append(memory)

@@ -16,6 +16,7 @@ from torch import nn
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.position_grammar import Positions, parse_positions
+from reftune.engine.transformers_names import enable_checkpointing
 from reftune.errors import ReftuneError
 from reftune.pyreft.config import ReftConfig
 from reftune.pyreft.locations import location_masks, rows_by_intervention, subspace_directions
@@ -342,10 +343,9 @@ class ReftModel(nn.Module):
         parameters = inspect.signature(self.get_base_model().forward).parameters.values()
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """As the base model's."""
-        base: Any = self.get_base_model()
-        base.gradient_checkpointing_enable(**kwargs)
+        enable_checkpointing(self.get_base_model(), gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """As the base model's."""

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from reftune import models
 from reftune.data.showing import show_examples
 from reftune.engine.position_grammar import parse_positions
+from reftune.engine.transformers_names import checkpointing_arguments
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
@@ -248,7 +249,6 @@ def training_arguments(
         weight_decay=recipe.weight_decay,
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
-        gradient_checkpointing=recipe.gradient_checkpointing,
         prefix_reuse=recipe.prefix_reuse,
         seed=recipe.seed,
         logging_steps=recipe.log_every or max(1, round(steps / 100)),
@@ -257,6 +257,7 @@ def training_arguments(
         report_to=_report_to(report_to),
         use_cpu=recipe.device == "cpu",
         disable_tqdm=False,  # by default it follows the libraries' verbosity, and the progress would go with it
+        **checkpointing_arguments(recipe.gradient_checkpointing),
         **({"optim": _optimizer(recipe.optimizer)} if recipe.optimizer else {}),
         **best,
     )

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoints
 
 from reftune.data.collating import CompletionCollator
+from reftune.engine.transformers_names import checkpointing_settings
 from reftune.errors import ReftuneError
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.checkpoints import (
@@ -314,7 +315,7 @@ class ReftTrainer(Trainer):
 
     def _drop_input_gradients(self) -> None:
         """Undo what transformers and PEFT do for re-entrant checkpointing, the one kind that needs it."""
-        settings = getattr(self.args, "activation_checkpointing_kwargs", None) or {}
+        settings = checkpointing_settings(self.args)
         base: Any = plain_model(self.model)
         if not settings.get("use_reentrant", False) and hasattr(base, "disable_input_require_grads"):
             base.disable_input_require_grads()

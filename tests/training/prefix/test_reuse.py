@@ -14,6 +14,7 @@ from torch import nn
 
 import reftune
 from reftune.data.collating import CompletionCollator
+from reftune.engine.transformers_names import enable_checkpointing
 from reftune.training import ReftTrainer, ReftTrainingArguments
 from reftune.training.loss import completion_loss
 from reftune.training.prefix.reuse import PrefixReuse
@@ -304,7 +305,7 @@ def test_what_makes_it_inexact_switches_it_off_with_a_reason():
     assert "padded on the left" in refusal(tuned(**l1), side="left")
     assert "not a causal language model" in _bert_refusal()
     checkpointed = tuned(**l1)
-    checkpointed.activation_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     assert "gradient checkpointing" in refusal(checkpointed)
     free = tuned(**l1)
     free.get_base_model().model.norm.weight.requires_grad_(True)

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftune.engine.forwards import is_causal_lm
 from reftune.engine.hooks import Engine
+from reftune.engine.transformers_names import checkpoints_activations
 from reftune.training.sharding import sharded_by
 
 
@@ -44,7 +45,7 @@ def obstacle(model: Any, engine: Engine) -> str | None:
         rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
         if isinstance(rate, float) and rate > 0:
             return f"the base model has dropout ({name}: {rate}); set it to 0, or load the base without it"
-    if getattr(model, "is_activation_checkpointing", False):
+    if checkpoints_activations(model):
         return "gradient checkpointing is on"
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         return "the model is spread over several devices"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reftune.engine.transformers_names import checkpoints_activations
 from reftune.training.loss import IGNORED_LABEL
 from reftune.training.supervised_logits import shifted
 
@@ -29,7 +30,7 @@ def one_more_forward(model: nn.Module, device: torch.device) -> int | None:
     checkpointed forward should be the only one that awaits its backward.
     """
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if device.type != "cpu" or together or getattr(model, "is_activation_checkpointing", False):
+    if device.type != "cpu" or together or checkpoints_activations(model):
         return None
     return ONE_MORE_FORWARD
 
