@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reftune.engine.positions import Positions, TokenLayout, parse_positions
+from reftune.engine.position_grammar import Positions, parse_positions
+from reftune.engine.positions import TokenLayout
 from reftune.engine.row_plan import ENDLESS, EditedRange, Run, Tokens, edited_ranges, edited_runs, edits_inside
 from reftune.engine.row_plan import row_slots as slots_of_rows
 

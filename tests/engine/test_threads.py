@@ -14,6 +14,7 @@ from torch import Tensor
 
 import reftune
 from reftune.engine.hooks import Engine
+from reftune.engine.transformers_names import enable_checkpointing
 from tests.engine.test_planning import edited, greedy, padded
 from tests.tiny_models import TINY
 
@@ -132,7 +133,7 @@ def test_a_forward_recomputed_in_another_thread_sees_its_own_plan(name: str, com
         model, attachment = edited(name, component=component, positions="l1")
         model.train()
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
         loss = model(**batch).loss
         logits(model.eval(), padded([3, 6]))  # another forward in between
         model.train()

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import NOTHING, PositionPlan, Rows
-from reftune.engine.positions import Part, Positions
+from reftune.engine.positions import Part
 from reftune.engine.row_plan import EditedRange, Run, Tokens, edited_runs, edits_inside
 from reftune.errors import ReftuneError
 

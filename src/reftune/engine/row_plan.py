@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from reftune.engine.positions import Part, Positions
+from reftune.engine.position_grammar import Positions
+from reftune.engine.positions import Part
 
 ENDLESS = 1 << 62
 """The end of a range that goes on with the answer."""

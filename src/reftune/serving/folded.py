@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
 from reftune.edits import Edit, FoldedEdit, RotatedEdit, edit_class, make_edit
-from reftune.engine.positions import Part, Positions, parse_positions
+from reftune.engine.position_grammar import Positions, parse_positions
+from reftune.engine.positions import Part
 from reftune.errors import ReftuneError
 
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")

@@ -4,7 +4,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reftune.engine.positions import parse_positions
+from reftune.engine.position_grammar import parse_positions
 from reftune.serving.vllm.block_keys import edit_key, keyed
 from reftune.serving.vllm.requested import Known
 

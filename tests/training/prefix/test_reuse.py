@@ -78,7 +78,11 @@ def tuned(name: str = "llama", dtype: torch.dtype = torch.float64, **changes: An
     model = get_peft_model(
         TINY[name](), reftune.ReftConfig(**{"r": 2, "init": "paper", "task_type": "CAUSAL_LM", **changes})
     )
-    return (model if name in MIXTURES else model.to(dtype)).train()
+    model = (model if name in MIXTURES else model.to(dtype)).train()
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):  # rotary angles are float32 in any model, whatever `to` made of them
+            module.inv_freq = module.inv_freq.float()
+    return model
 
 
 def batch_of(rows: list[dict[str, Any]], side: str = "right") -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from reftune.edits import FoldedEdit
-from reftune.engine.positions import Positions, parse_positions
+from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
 from reftune.serving.folded import FoldedAdapter, SiteEdit, read_folded
 
