@@ -73,5 +73,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "reftune_command" not in sys.modules:  # the command line waits: docs/decisions/0009-quick-to-start.md
+if "reftune_command" not in sys.modules:  # the command line waits: docs/decisions/0010-quick-to-start.md
     import reftune.adapter.config  # noqa: F401
