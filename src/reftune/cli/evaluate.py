@@ -15,6 +15,7 @@ from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.output import terminal
+from reftune.output.targets import check_file_target, check_folder_target
 from reftune.runs.recipe_values import option, read_columns, read_flags, typed_fields
 
 _HELD_OUT, _TASKS, _BOTH = "Held-out rows", "Tasks", "Options"
@@ -97,6 +98,8 @@ def evaluate(
         raise ReftuneError(
             "--base-only scores tasks: give --task; with --test-file the base stands beside the edited model"
         )
+    if options.out is not None:
+        check_file_target(Path(options.out), "--out", [options.test_file], ours='"test_file"')
     from reftune.inference.classifying import is_classifier
 
     score = _score_classifier if is_classifier(folder) else _score_rows
@@ -183,6 +186,8 @@ def _evaluate_tasks(folder: Path, task: str, options: EvalOptions, base_model: B
     out = None if options.out is None else Path(options.out)
     if out is not None and out.is_file():
         raise ReftuneError(f"--out {out} is a file; with --task it is a folder")
+    if out is not None:
+        check_folder_target(out, "--out ", [SUMMARY, "*.jsonl"], [folder, options.data])
     if options.base_only:
         edited = base_alone(str(folder), base_model.dtype, base_model.device, options.chat_template_kwargs)
     else:

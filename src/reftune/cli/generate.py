@@ -55,7 +55,10 @@ def generate(
     from reftune.inference.generation import generate_answers
     from reftune.inference.loading import load_edited, recorded_run
     from reftune.inference.prompts import read_prompts, text_prompt, to_jsonl
+    from reftune.output.targets import check_file_target
 
+    if out is not None:
+        check_file_target(out, "--out", [prompts_file], ours='"prompt"')
     rows = [text_prompt(text, "--prompt") for text in prompt or []]
     if prompts_file is not None:
         rows += read_prompts(prompts_file, column, limit_rows, read_columns(recorded_run(folder).get("columns")))

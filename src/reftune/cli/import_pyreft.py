@@ -21,8 +21,10 @@ def import_pyreft(
     ] = None,
 ) -> None:
     """Turn an adapter that pyreft saved into one of this library; says what pyreft did not save."""
+    from reftune.output.targets import check_folder_target
     from reftune.pyreft.importing import import_pyreft as turn
 
+    check_folder_target(output, "--output ", ["adapter_config.json", "edit*/adapter_config.json"], [folder], model)
     console = terminal.console()
     written, assumed = turn(folder, output, model, positions)
     for one in written:

@@ -34,10 +34,13 @@ def predict(
     from reftune.cli.results import write_out
     from reftune.data.classification import read_texts
     from reftune.inference.classifying import as_csv, as_jsonl, load_classifier, predict, training_columns
+    from reftune.output.targets import check_file_target
 
     writers = {".jsonl": as_jsonl, ".csv": as_csv}
     if out is not None and out.suffix.lower() not in writers:
         raise ReftuneError(f"--out {out}: the extension says the form; name a .jsonl or a .csv file.")
+    if out is not None:
+        check_file_target(out, "--out", [file], ours="label")
     known, names = training_columns(folder)
     rows = read_texts(
         file, columns=read_columns(columns) or known, names=names, split=split, limit=limit_rows, labelled=False
