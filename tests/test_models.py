@@ -207,7 +207,7 @@ def test_a_full_disk_names_the_folder_and_the_variable(quick_bundle: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(models, "_convert", full)
-    with pytest.raises(ReftuneError, match=r"No space left on device.*set REFTUNE_CACHE"):
+    with pytest.raises(ReftuneError, match=r"the disk is full.*set REFTUNE_CACHE"):
         models.bundled_folder()
 
 

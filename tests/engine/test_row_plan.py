@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reftune.engine.position_grammar import Positions, parse_positions
@@ -48,6 +48,7 @@ def test_the_halves_of_an_untied_pair_are_those_of_the_layout(positions: Positio
     assert {o: part for o, part in found.items() if o < prompt + answer} == expected
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine draws slowly
 @given(st.lists(REQUESTS, max_size=6), st.data())
 def test_chunks_preemption_and_padding_edit_what_a_whole_forward_edits(requests, data: st.DataObject) -> None:
     """Requests advance by chunks of any size in any order, are thrown back to their start, and are padded between."""
