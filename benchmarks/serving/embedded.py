@@ -166,7 +166,7 @@ def registered(root: Path) -> dict[str, float]:
 
 def main() -> None:
     """Print each case as it is measured, one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)

@@ -89,7 +89,8 @@ def folders(loaded: Any, tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture
 def engine(loaded: Any) -> Iterator[EmbeddedEngine]:
-    with EmbeddedEngine(*loaded, Bank(max_adapters=KEPT), cache_tokens=2048, page_tokens=8) as engine:
+    model, tokenizer = loaded
+    with EmbeddedEngine(model, tokenizer, Bank(max_adapters=KEPT), cache_tokens=2048, page_tokens=8) as engine:
         yield engine
 
 
