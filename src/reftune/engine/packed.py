@@ -234,7 +234,7 @@ def check_prompt(prompt: Sequence[int], answers: int) -> None:
 
 WITHOUT_SEAM = (
     "This version of transformers does not offer the scheduler types by which edits know the tokens of continuous "
-    "batching: use generate, or another version (5.16 to 5.23 do)."
+    "batching: use generate, or another version (5.19 to 5.23 do)."
 )
 
 
