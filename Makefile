@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait asleep: on a busy machine spinning ones take the time of those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest test-vllm check format bench docs
+.PHONY: demo test test-page test-oldest test-vllm check format bench docs
 
 # torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
 # Bundled weights come without their runtimes: docs/decisions/0001-bundled-weights-without-their-runtime.md
@@ -31,6 +31,10 @@ demo: $(READY)
 # Two workers of one thread each: tiny models gain nothing from more threads, and two cores are what a small machine has.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# Clicks through the page of `reftune serve` in Chromium, which must be installed.
+test-page: $(READY)
+	REFTUNE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/test_page_clicks.py $(PYTEST_ARGS)
 
 # The same tests with the oldest version of everything that pyproject.toml admits.
 test-oldest: $(READY_OLDEST)

@@ -1,5 +1,6 @@
 """The page in a browser: one server with a tiny model, one headless Chromium, everything that a person clicks."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,10 @@ from tests.serving.test_server import Served
 from tests.serving.tiny_adapters import save_adapter
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or "REFTUNE_BROWSER" not in os.environ,
+    reason="a browser's clicks: `make test-page`, with Chromium",
+)
 LOGS = ("#log-base .answer", "#log-edited .answer")
 LIGHT, DARK = "rgb(247, 248, 250)", "rgb(17, 24, 39)"
 

@@ -89,6 +89,10 @@ class Catalogue:
             self._removed.add(name)
         self._look(again=True)
 
+    def look_again(self) -> None:
+        """Look at the folders now, whenever they were last looked at."""
+        self._look(again=True)
+
     def _allowed(self, path: Path) -> bool:
         """Whether a path, with every link followed, lies in an allowed folder."""
         real = os.path.realpath(path)

@@ -201,9 +201,9 @@ at("training").onsubmit = async (event) => {
       const last = run.losses.at(-1);
       if (last) { curve(run.losses); at("train-state").textContent = `step ${last[0]} of ${last[1]}, loss ${last[2].toFixed(4)}`; }
       if (run.state === "done") {
-        at("train-state").textContent = `${name} is trained (last loss ${last ? last[2].toFixed(4) : "unknown"}). It is in the list of adapters now.`;
         at("adapter").value = name;
         await load();
+        at("train-state").textContent = `${name} is trained (last loss ${last ? last[2].toFixed(4) : "unknown"}). It is in the list of adapters now.`;
       } else if (run.state !== "running") at("train-state").textContent = run.error || `The run was ${run.state}.`;
     }
   } catch (error) { trouble(error.message); }

@@ -128,6 +128,7 @@ class Trainings:
                 return
             if status == 0:
                 os.rename(scratch / "run", target)
+                self.catalogue.look_again()
                 run.state = "done"
             else:
                 said = [line for line in run.lines if line]
