@@ -1,9 +1,12 @@
 """The embedded engine's cost by adapters and positions: CPU seconds beside the base model and PEFT's LoRA, in pairs.
 
-Usage: python -m benchmarks.serving.embedded [--rounds N] [--requests N] [--tokens N] [--peer-adapters N]
+Usage: python -m benchmarks.serving.embedded [--rounds N] [--requests N] [--tokens N] [--counts N ...]
 
 Every round runs each case and, right before or after it, the base model in the same engine, so that a busy machine
-slows both. CPU seconds are those of the process, over all threads.
+slows both. CPU seconds are those of the process, over all threads. Cases: adapters registered, by positions; adapters
+active in one batch; even and Zipf traffic; a bank that holds an eighth of the adapters; prompt tokens shared between
+adapters; PEFT's LoRA in a mixed batch; very many registered. ``--out FILE`` also writes what was measured as JSON
+lines, of which ``python -m benchmarks.serving.plots FILE`` draws the pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import psutil
@@ -32,14 +35,14 @@ from reftune.serving.bank import Bank
 from reftune.serving.catalogue import Catalogue
 from reftune.serving.engine import EmbeddedEngine
 
-COUNTS = (1, 8, 64, 512)
+COUNTS = (1, 8, 64, 512, 1000)
+ACTIVE = (1, 8, 64)
 KINDS: dict[str, dict[str, Any]] = {
     "l1, layer 8, r 4": {"positions": "l1", "layers_to_transform": [8], "r": 4},
     "prompt, layer 8, r 4": {"positions": "prompt", "layers_to_transform": [8], "r": 4},
     "l1+generated, all layers, r 1": {"positions": "l1+generated", "r": 1},
     "all, layer 8, r 4": {"positions": "all", "layers_to_transform": [8], "r": 4},
 }
-MANY = 10_000
 
 
 def cpu(run: Callable[[], Any]) -> float:
@@ -72,14 +75,24 @@ class Asking:
     def __init__(self, engine: EmbeddedEngine, prompts: list[list[int]], tokens: int):
         self.engine, self.prompts, self.tokens = engine, prompts, tokens
         self.first: list[float] = []
+        self.draw = torch.Generator().manual_seed(0)
 
-    def __call__(self, folders: list[Path]) -> None:
-        """Ask for all at once, adapters from all over the list; without adapters, for the base."""
+    def __call__(self, folders: list[Path], zipf: bool = False) -> None:
+        """Ask for all at once; without adapters, for the base.
+
+        Adapters come from all over the list, in turn; with ``zipf`` the k-th of the list with a probability of 1 / k.
+        """
+        chosen: list[Path] = []
+        if folders and zipf:
+            weights = 1 / torch.arange(1, len(folders) + 1)
+            drawn = torch.multinomial(weights, len(self.prompts), replacement=True, generator=self.draw)
+            chosen = [folders[index] for index in drawn.tolist()]
+        elif folders:
+            step = max(1, len(folders) // len(self.prompts))
+            chosen = [folders[number * step % len(folders)] for number in range(len(self.prompts))]
 
         async def one(number: int) -> None:
-            adapters = (
-                [(folders[number * max(1, len(folders) // len(self.prompts)) % len(folders)], 1.0)] if folders else []
-            )
+            adapters = [(chosen[number], 1.0)] if chosen else []
             begin, waiting = time.perf_counter(), True
             request = self.engine.submit(self.prompts[number], adapters=adapters, max_new_tokens=self.tokens)
             async with await request as stream:
@@ -95,22 +108,23 @@ class Asking:
         asyncio.run(everything())
 
 
-def edited_beside_base(asking: Asking, folders: list[Path], rounds: int) -> dict[str, float]:
-    """Medians over rounds; the order within a round alternates. All adapters are in the bank."""
+def edited_beside_base(asking: Asking, folders: list[Path], rounds: int, zipf: bool = False) -> dict[str, float]:
+    """Medians over rounds; the order within a round alternates. The bank has read what its budget holds."""
     for folder in folders:
         asking.engine.check(folder)
-    ratios, speeds, first = [], [], []
+    ratios, speeds, first, base_first = [], [], [], []
     for number in range(rounds):
-        if number % 2:
-            edited, waits = cpu(lambda: asking(folders)), list(asking.first)
-            base = cpu(lambda: asking([]))
-        else:
-            base = cpu(lambda: asking([]))
-            edited, waits = cpu(lambda: asking(folders)), list(asking.first)
-        ratios.append(base / edited)
-        speeds.append(len(asking.prompts) * asking.tokens / edited)
-        first.append(median(waits))
-    return {"of base": median(ratios), "tokens a CPU second": median(speeds), "first token, s": median(first)}
+        seconds = {}
+        for edited in (number % 2 == 1, number % 2 == 0):
+            seconds[edited] = cpu(lambda edited=edited: asking(folders if edited else [], zipf))
+            (first if edited else base_first).extend(asking.first)
+        ratios.append(seconds[False] / seconds[True])
+        speeds.append(len(asking.prompts) * asking.tokens / seconds[True])
+    return {
+        "of base": median(ratios), "tokens a CPU second": median(speeds),
+        "first token, s": median(first), "first token, p95, s": quantiles(first, n=20)[-1] if len(first) > 1 else first[0],
+        "base: first token, s": median(base_first),
+    }  # fmt: skip
 
 
 def lora_beside_base(model: Any, prompts: list[list[int]], tokens: int, count: int, rounds: int) -> dict[str, float]:
@@ -131,6 +145,24 @@ def lora_beside_base(model: Any, prompts: list[list[int]], tokens: int, count: i
         speeds.append(len(prompts) * tokens / edited)
     peft.unload()
     return {"of base": median(ratios), "tokens a CPU second": median(speeds)}
+
+
+def load_bytes(folder: Path) -> int:
+    """Bytes that an adapter takes in a bank."""
+    bank = Bank()
+    bank.add("", folder)
+    bank.give_back(bank.take(""))
+    return bank.nbytes
+
+
+def shared(engine: EmbeddedEngine, folders: list[Path]) -> float:
+    """The share of a prompt of 256 tokens that an adapter takes from what another computed; the first is apart."""
+    prompt = torch.randint(100, 40_000, (256,), generator=torch.Generator().manual_seed(1)).tolist()
+    Asking(engine, [prompt], 2)(folders[:1])
+    before = engine.statistics()["prefix_tokens"]
+    others = folders[1:9]
+    Asking(engine, [prompt] * len(others), 2)(others)
+    return (engine.statistics()["prefix_tokens"] - before) / (len(others) * len(prompt))
 
 
 def load_times(folders: list[Path], check: Callable[[Any], None] | None = None) -> dict[str, float]:
@@ -171,48 +203,62 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=48)
-    parser.add_argument("--peer-adapters", type=int, default=8)
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
-    parser.add_argument("--skip-many", action="store_true")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="registered adapters")
+    parser.add_argument("--active", type=int, nargs="+", default=ACTIVE, help="different adapters in one batch of 64")
+    parser.add_argument("--many", type=int, default=10_000, help="registered for the last case; 0: left out")
+    parser.add_argument("--out", type=Path, help="also write the JSON lines there")
     options = parser.parse_args()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     console = Console(width=200)
+    lines: list[str] = []
 
-    def say(case: str, found: dict[str, float]) -> None:
-        console.print(json.dumps({"case": case} | {name: round(value, 3) for name, value in found.items()}))
+    def say(case: str, found: dict[str, float], **about: Any) -> None:
+        lines.append(json.dumps({"case": case, **about} | {name: round(value, 4) for name, value in found.items()}))
+        console.print(lines[-1])
+        if options.out:
+            options.out.write_text("\n".join(lines) + "\n")
 
     model, tokenizer = load("smollm2")
     model.generation_config.eos_token_id = tokenizer.eos_token = None  # every answer has its full length
     chosen = torch.Generator().manual_seed(0)
-    prompts = torch.randint(100, 40_000, (options.requests, options.prompt), generator=chosen).tolist()
+    prompts = torch.randint(100, 40_000, (64, options.prompt), generator=chosen).tolist()
     with tempfile.TemporaryDirectory() as temporary:
         roots = {kind: Path(temporary) / str(index) for index, kind in enumerate(KINDS)}
         folders = {kind: save_many(model, roots[kind], KINDS[kind], max(options.counts)) for kind in KINDS}
         for kind in KINDS:
-            say(f"load: {kind}", load_times(folders[kind][:64]))
+            say("load", load_times(folders[kind][:64]), kind=kind)
+        first = next(iter(KINDS))
         with EmbeddedEngine(model, tokenizer, share_prefixes=False) as engine:
-            asking = Asking(engine, prompts, options.tokens)
+            asking = Asking(engine, prompts[: options.requests], options.tokens)
             asking([])  # warm-up
             for kind in KINDS:
                 for count in options.counts:
-                    say(f"{kind}: {count} adapters", edited_beside_base(asking, folders[kind][:count], options.rounds))
+                    found = edited_beside_base(asking, folders[kind][:count], options.rounds)
+                    say("registered", found, kind=kind, adapters=count)
+            found = edited_beside_base(asking, folders[first], options.rounds, zipf=True)
+            say("zipf", found, kind=first, adapters=len(folders[first]))
+            asking = Asking(engine, prompts, options.tokens)
+            for count in options.active:
+                found = edited_beside_base(asking, folders[first][:count], options.rounds)
+                say("active in a batch of 64", found, kind=first, adapters=count)
+        bank = Bank(max_bytes=len(folders[first]) // 8 * load_bytes(folders[first][0]))
+        with EmbeddedEngine(model, tokenizer, bank=bank, share_prefixes=False) as engine:
+            asking = Asking(engine, prompts[: options.requests], options.tokens)
+            for zipf in (False, True):
+                found = edited_beside_base(asking, folders[first], options.rounds, zipf)
+                say("bank of an eighth" + ", zipf" * zipf, found, kind=first, adapters=len(folders[first]))
         with EmbeddedEngine(model, tokenizer) as engine:
-            asking = Asking(engine, [prompts[0]] * options.requests, options.tokens)
-            asking(folders["l1, layer 8, r 4"])
-            shared = engine.statistics()["prefix_tokens"]
             say(
-                "l1: one prompt, an adapter each",
-                {"prefix tokens shared": shared / (len(asking.prompts) * len(prompts[0]))},
+                "one long prompt, an adapter each", {"prompt tokens shared": shared(engine, folders[first])}, kind=first
             )
-        say(
-            f"LoRA r 8 on q and v, PEFT's mixed batch: {options.peer_adapters} adapters",
-            lora_beside_base(model, prompts, options.tokens, options.peer_adapters, options.rounds),
-        )
-        if not options.skip_many:
+        for count in (1, 8, options.requests):
+            found = lora_beside_base(model, prompts[: options.requests], options.tokens, count, options.rounds)
+            say("LoRA r 8 on q and v, PEFT's mixed batch", found, adapters=count)
+        if options.many:
             root = Path(temporary) / "many"
-            save_many(model, root, KINDS["l1, layer 8, r 4"], MANY)
+            save_many(model, root, KINDS[first], options.many)
             del engine, asking, model
-            say("registered: l1, layer 8, r 4", registered(root))
+            say("very many", registered(root), kind=first)
 
 
 if __name__ == "__main__":
