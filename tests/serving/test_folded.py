@@ -168,6 +168,7 @@ DAMAGE = {
     ),
     "share_weights as text": (lambda f: change_config(f, share_weights="no"), "share_weights='no'"),
     "modules_to_save": (lambda f: change_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
+    "trained tokens": (lambda f: change_config(f, trainable_token_indices=[3]), "trainable_token_indices"),
     "another method": (lambda f: change_config(f, method="direft"), "projection"),
     "a foreign tensor": (lambda f: change_tensors(f, lambda t: {**t, "lm_head.weight": torch.ones(2)}), "lm_head.weight"),
     "a tensor too few": (lambda f: change_tensors(f, lambda t: dict(list(t.items())[1:])), "holds nothing for"),

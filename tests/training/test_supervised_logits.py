@@ -94,7 +94,12 @@ def test_a_batch_without_labels_has_a_loss_of_zero_over_the_others_tokens() -> N
 
 
 @pytest.mark.parametrize(
-    "settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+    "settings",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 8], "lm_head": [5, 8]}},
+    ],
 )
 def test_a_head_that_peft_has_wrapped_still_sees_supervised_rows_alone(settings: dict[str, Any]) -> None:
     model = get_peft_model(TINY["llama"](), LoraConfig(r=2, task_type="CAUSAL_LM", **settings))

@@ -43,6 +43,12 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def trained_beside_edits(config: dict[str, Any]) -> str | None:
+    """What an adapter trained besides its edits, as ``field=value``; None where that is nothing."""
+    fields = ("modules_to_save", "trainable_token_indices")
+    return next((f"{name}={config[name]!r}" for name in fields if config.get(name)), None)
+
+
 def check_weights_file(folder: str | Path) -> None:
     """Make sure that an adapter's weights can be read.
 

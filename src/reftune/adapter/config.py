@@ -84,6 +84,15 @@ class ReftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save whole, such as a classifier head."}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Token ids whose embeddings are trained and saved: of the input embedding, or by module name."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Modules that share the embedding's weights share what is trained of it too."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,7 +72,7 @@ class AdapterInfo:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, those of `modules_to_save` left out."""
+        """Trained numbers of the edits; what else was trained (`modules_to_save`, tokens) is left out."""
         return sum(edit.parameters for edit in self.edits)
 
 

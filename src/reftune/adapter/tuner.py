@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class ReftModel(BaseTuner):
     prefix: str = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     @property
     def engine(self) -> Engine:
@@ -91,6 +93,8 @@ class ReftModel(BaseTuner):
                 f"adapter {adapter_name!r} is a {config.peft_type} adapter; ReFT attaches ReftConfig only."
             )
         self._check_new_adapter_config(config)
+        self._check_tied_modules(model, config)
+        self._check_trained_tokens(config)
         engine = self.engine
         if engine.make_intervention is not ReftLayer:
             raise ReftuneError(
@@ -112,6 +116,16 @@ class ReftModel(BaseTuner):
         )
         for parameter, required in trainable:
             parameter.requires_grad = required
+
+    def _check_trained_tokens(self, config: Any) -> None:
+        tied = self._get_module_names_tied_with_embedding() if config.trainable_token_indices is not None else []
+        for name in config.modules_to_save or ():
+            if any(f".{module}".endswith(f".{name}") for module in tied):
+                raise ReftuneError(
+                    f"modules_to_save={config.modules_to_save}: {name} shares the embedding's weights in this model, "
+                    "and trainable_token_indices trains its tokens already: leave it out. (TRL's chat_template_path "
+                    "puts it there: give the trainer a tokenizer that has the template and a model resized to it.)"
+                )
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise ReftuneError("ReFT replaces no module; its adapters are attached by inject_adapter.")

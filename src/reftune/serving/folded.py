@@ -29,7 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.adapter.checkpoint import (
+    CONFIG_FILE,
+    EDIT_KEY,
+    WEIGHTS_FILE,
+    check_weights_file,
+    read_adapter_config,
+    trained_beside_edits,
+)
 from reftune.edits import Edit, FoldedEdit, RotatedEdit, edit_class, make_edit
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.engine.positions import Part
@@ -115,7 +122,7 @@ def read_folded(folder: str | Path) -> FoldedAdapter:
 
     Raises:
         ReftuneError: no adapter there, a damaged file, values that are not finite, tensors or fields that do not fit
-            one another, or an adapter that changes more than hidden states (``modules_to_save``).
+            one another, or an adapter that changes more than hidden states (``trained_beside_edits``).
     """
     folder = Path(folder).expanduser()
     config = read_adapter_config(folder)
@@ -177,10 +184,10 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
         value = config.get(name)
         if (value is None and name in required) or (value is not None and not isinstance(value, types)):
             raise ReftuneError(f"{path}: {name}={value!r} is no value for this field; the adapter must be saved again.")
-    if config.get("modules_to_save"):
+    if beside := trained_beside_edits(config):
         raise ReftuneError(
-            f"{path}: modules_to_save={config['modules_to_save']!r}: this adapter replaces whole modules, which cannot "
-            "be shared between requests. Serve it by itself, with PeftModel."
+            f"{path}: {beside}: this adapter replaces weights of the base model, which requests of other adapters use "
+            "too. Serve it by itself, with PeftModel."
         )
 
 

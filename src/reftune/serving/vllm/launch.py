@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from reftune.adapter.checkpoint import CONFIG_FILE
+from reftune.adapter.checkpoint import CONFIG_FILE, trained_beside_edits
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, bundled_folder
 from reftune.serving.catalogue import Catalogue
@@ -52,8 +52,8 @@ def unservable_adapter(adapters: Sequence[str | Path]) -> str | None:
             return f"adapter {name!r}: component={config['component']!r}, and vLLM can edit block_output only"
         if config.get("act_fn") not in (None, "linear"):
             return f"adapter {name!r}: act_fn={config['act_fn']!r}, and vLLM can apply linear edits only"
-        if config.get("modules_to_save"):
-            return f"adapter {name!r}: it replaces whole modules (modules_to_save)"
+        if beside := trained_beside_edits(config):
+            return f"adapter {name!r}: it replaces weights of the base model ({beside})"
     return None
 
 
