@@ -224,7 +224,7 @@ def _llava() -> PreTrainedModel:
     return _build(tf.LlavaForConditionalGeneration, config)
 
 
-CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
+CAUSAL: dict[str, Callable[[], Any]] = {
     "llama": _llama,
     "mistral": lambda: _build(tf.MistralForCausalLM, tf.MistralConfig(**_LLAMA_LIKE, sliding_window=4)),
     "qwen2": lambda: _build(tf.Qwen2ForCausalLM, tf.Qwen2Config(**_LLAMA_LIKE)),
@@ -248,7 +248,7 @@ CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3_moe": _qwen3_moe,
     "gpt_oss": _gpt_oss,
 }
-ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
+ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: _build(tf.BertForSequenceClassification, tf.BertConfig(**_BERT_LIKE, **_more(num_labels=3))),
     "roberta": lambda: _build(
         tf.RobertaForSequenceClassification, tf.RobertaConfig(**_BERT_LIKE, **_more(num_labels=3))
@@ -257,11 +257,11 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "modernbert": _modernbert,
     "deberta_v2": _deberta_v2,
 }
-ENCODER_DECODERS: dict[str, Callable[[], PreTrainedModel]] = {"t5": _t5, "bart": _bart}
-VISION: dict[str, Callable[[], PreTrainedModel]] = {"vit": _vit}
-VISION_LANGUAGE: dict[str, Callable[[], PreTrainedModel]] = {"llava": _llava}
+ENCODER_DECODERS: dict[str, Callable[[], Any]] = {"t5": _t5, "bart": _bart}
+VISION: dict[str, Callable[[], Any]] = {"vit": _vit}
+VISION_LANGUAGE: dict[str, Callable[[], Any]] = {"llava": _llava}
 
-TINY: dict[str, Callable[[], PreTrainedModel]] = {
+TINY: dict[str, Callable[[], Any]] = {
     **CAUSAL, **ENCODERS, **ENCODER_DECODERS, **VISION, **VISION_LANGUAGE
 }  # fmt: skip
 

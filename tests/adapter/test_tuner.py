@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def load(base: Path) -> nn.Module:
+def load(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
@@ -73,7 +74,7 @@ def test_every_architecture_trains_saves_reloads_bit_exactly_and_unloads(name: s
     shake(tuned)
     after = output(tuned.eval())
     assert not torch.equal(after, before)
-    tuned.save_pretrained(tmp_path)
+    tuned.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(TINY[name](), str(tmp_path))
     assert torch.equal(output(again), after)
     plain = again.unload()
@@ -123,7 +124,7 @@ def test_the_auto_classes_of_peft_and_transformers_load_an_adapter_folder(traine
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(plain), expected)
     options = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(plain.generate(**INPUTS, **options), trained.generate(**INPUTS, **options))
+    assert torch.equal(plain.generate(**INPUTS, **options), trained.generate(**INPUTS, **options))  # pyright: ignore
     assert isinstance(PeftConfig.from_pretrained(tmp_path), reftune.ReftConfig)
 
 
@@ -281,7 +282,7 @@ def test_bare_backbones_and_encoders_count_every_attended_token_as_prompt(name: 
     inputs = tiny_inputs(name)
     inputs["attention_mask"][0, -3:] = 0
     seen: list[torch.Tensor] = []
-    for edit in Engine.of(model).edits("default").values():
+    for edit in tuned.base_model.engine.edits("default").values():  # type: ignore[union-attr]
         edit.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     tuned(**inputs)
     assert [len(x) for x in seen] == [2, 2]
@@ -318,6 +319,63 @@ def test_edits_stay_in_float32_on_a_base_of_any_precision(dtype: torch.dtype, tm
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(TINY["llama"]().to(dtype), str(tmp_path))
     assert torch.equal(logits(again), out)
+
+
+@pytest.mark.parametrize("settings", [{"share_weights": False}, {"parametrization": "householder"}], ids=str)
+def test_without_autocast_edits_take_the_dtype_of_their_blocks(settings: dict, tmp_path):
+    def fresh() -> nn.Module:
+        return TINY["llama"]().to(torch.bfloat16)
+
+    def kinds(model: nn.Module) -> set[torch.dtype]:
+        return {value.dtype for name, value in model.state_dict().items() if "reft_" in name}
+
+    model = get_peft_model(fresh(), config(**settings), autocast_adapter_dtype=False)
+    assert kinds(model) == {torch.bfloat16}
+    shake(model)
+    out = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh(), str(tmp_path), autocast_adapter_dtype=False)
+    assert kinds(again) == {torch.bfloat16} and torch.equal(logits(again), out)
+    again.load_adapter(str(tmp_path), "second", autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    again.set_adapter("second")
+    assert kinds(again) == {torch.bfloat16} and torch.equal(logits(again), out)
+    again.load_adapter(str(tmp_path), "third")
+    again.set_adapter("third")
+    assert kinds(again) == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("component", "saved"),
+    [
+        ("mlp_output", "down_proj"),
+        ("mlp_output", "mlp"),
+        ("mlp_output", "self_attn"),
+        ("model.norm", "norm"),
+        ("block_output", "layers.2"),
+        ("block_output", "model"),
+    ],
+)
+def test_a_module_that_is_trained_whole_cannot_hold_or_carry_an_edit(component: str, saved: str):
+    layers = "all" if component == "model.norm" else [2]
+    model = TINY["llama"]()
+    before = logits(model)
+    with pytest.raises(reftune.ReftuneError, match="modules_to_save=.*another component"):
+        get_peft_model(model, config(component=component, layers_to_transform=layers, modules_to_save=[saved]))
+    assert Engine.of(model) is None and torch.equal(logits(model), before)
+    tuned = get_peft_model(model, config(component=component, layers_to_transform=layers))
+    with pytest.raises(reftune.ReftuneError, match="modules_to_save=.*another component"):
+        tuned.add_adapter("second", config(layers_to_transform=[0], modules_to_save=[saved]))
+
+
+def test_a_module_under_an_edited_one_is_trained_saved_and_loaded_with_it(base, tmp_path):
+    changes = {"modules_to_save": ["self_attn", "down_proj"], "positions": "all"}
+    model = get_peft_model(load(base), config(**changes))
+    shake(model)
+    expected = logits(model.eval())
+    model.base_model.set_scale("default", 0.0)  # pyright: ignore[reportCallIssue]
+    assert not torch.allclose(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(base), str(tmp_path))), expected)
 
 
 @pytest.mark.parametrize(

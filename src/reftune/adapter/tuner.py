@@ -19,12 +19,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set
 from torch import Tensor, nn
 
 from reftune.adapter.merging import merge_constant
+from reftune.engine.blocks import inside
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention
+from reftune.engine.sites import attention_module, find_sites
 from reftune.errors import ReftuneError
 
 REFT = "REFT"
 """The adapter's kind, as PEFT and `adapter_config.json` have it."""
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""What PEFT adds to `modules_to_save` after the adapter is on the model."""
 
 
 class ReftLayer(BaseTunerLayer, Intervention):
@@ -51,14 +55,24 @@ class ReftLayer(BaseTunerLayer, Intervention):
         super().delete_adapter(adapter_name)
         self.placements.pop(adapter_name, None)
 
+    def _of_block(self) -> Iterator[nn.Parameter]:
+        """The block's own parameters."""
+        return (p for n, p in self.get_base_layer().named_parameters() if "intervention." not in n)
+
+    def _edits(self, adapter_name: str) -> list[nn.Module]:
+        return [c[adapter_name] for c in (self.reft_edits, self.reft_suffix_edits) if adapter_name in c]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        parameters = (p for n, p in self.get_base_layer().named_parameters() if "intervention." not in n)
-        device = device or next((p.device for p in parameters), None)
-        for container in (self.reft_edits, self.reft_suffix_edits):
-            if adapter_name in container and device is not None:
-                edit = container[adapter_name]
-                if not any(p.is_meta for p in edit.parameters()):
-                    edit.to(device=device)
+        device = device or next((p.device for p in self._of_block()), None)
+        for edit in self._edits(adapter_name):
+            if device is not None and not any(p.is_meta for p in edit.parameters()):
+                edit.to(device=device)
+
+    def cast_to_block(self, adapter_name: str) -> None:
+        """Give an adapter's tensors the dtype of the block's; **changes this module**."""
+        dtype = next((p.dtype for p in self._of_block() if p.is_floating_point()), None)
+        for edit in self._edits(adapter_name):
+            edit.to(dtype=dtype)
 
 
 class ReftModel(BaseTuner):
@@ -102,6 +116,7 @@ class ReftModel(BaseTuner):
             )
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
+        self._check_modules_to_save(config)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             sites = engine.add(adapter_name, config.spec())
         self.targeted_module_names += [s.block_path for s in sites if s.block_path not in self.targeted_module_names]
@@ -126,6 +141,30 @@ class ReftModel(BaseTuner):
                     "and trainable_token_indices trains its tokens already: leave it out. (TRL's chat_template_path "
                     "puts it there: give the trainer a tokenizer that has the template and a model resized to it.)"
                 )
+
+    def _check_modules_to_save(self, config: Any) -> None:
+        """Refuse modules whose copies, which PEFT makes and runs in their place, would hold an edit or carry one."""
+        names = [*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())]
+        saved = [(p, m) for p, m in self.model.named_modules(remove_duplicate=False) if p.endswith(tuple(names))]
+        sites = find_sites(self.model, config.component, config.layers_to_transform) if saved else []
+        sites += [placed.site for name in self.engine.adapter_names() for placed in self.engine.placements(name)]
+        for site in sites:
+            block = self.model.get_submodule(site.block_path)
+            carrier = attention_module(block) if site.module_path != site.block_path else None
+            for path, module in saved:
+                if inside(site.module_path, path) or inside(site.block_path, path) or module is carrier:
+                    raise ReftuneError(
+                        f"modules_to_save={names} names {path}, and {site.module_path} is edited: a module that is "
+                        "trained whole holds no edit and carries none. Leave it out, or edit another component, such "
+                        "as block_output."
+                    )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.engine.interventions.values():
+                assert isinstance(layer, ReftLayer)
+                layer.cast_to_block(adapter_name)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise ReftuneError("ReFT replaces no module; its adapters are attached by inject_adapter.")

@@ -86,7 +86,7 @@ class RotatedEdit(Edit):
             if self._may_fold(dtype):
                 if self._folded != self._identify(self.reflectors):
                     self._fold()
-                return self.rotation
+                return self.rotation.to(dtype)
             return householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
         self._retract_if_moved()
         return orthonormal(self.rotation).to(dtype)
@@ -99,7 +99,8 @@ class RotatedEdit(Edit):
 
     def _may_fold(self, dtype: torch.dtype) -> bool:
         """Whether a Householder rotation may be computed once for many forwards: inference, on tensors of our own."""
-        ours = isinstance(self.reflectors, nn.Parameter) and dtype == self.rotation.dtype
+        as_saved = dtype == self.rotation.dtype or self.rotation.element_size() < 4
+        ours = isinstance(self.reflectors, nn.Parameter) and as_saved
         return ours and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def retract_(self) -> None:
@@ -107,8 +108,10 @@ class RotatedEdit(Edit):
         if self.parametrization == "householder":
             self._follow_loaded_rotation()
             if not self.rotation.is_meta:
+                dtype = torch.promote_types(self.reflectors.dtype, torch.float32)
                 with torch.no_grad():
-                    self.rotation.data.copy_(householder(self.reflectors, self.get_buffer("basis")))
+                    rotation = householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
+                    self.rotation.data.copy_(rotation)
             return
         retract_(self.rotation)
         self._seen = self._identify()
