@@ -409,9 +409,44 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing(trained):
     expected = logits(trained)
     with pytest.raises(reftune.ReftuneError, match="positions.*cannot be merged"):
         trained.merge_and_unload()
-    with pytest.raises(reftune.ReftuneError, match="not merged in place"):
-        trained.merge_adapter()
+    for names in (None, ["default"], ["nobody"]):
+        with pytest.raises(reftune.ReftuneError, match="not merged in place"):
+            trained.merge_adapter(adapter_names=names)
+    with pytest.raises(reftune.ReftuneError, match=r"nothing to unmerge: disable_adapter\(\)"):
+        trained.unmerge_adapter()
     assert torch.equal(logits(trained), expected)
+
+
+@pytest.mark.parametrize("names", [["nobody"], ["default", "nobody"], ["__base__"]])
+def test_merging_a_name_that_is_not_there_is_refused_and_loses_nothing(names):
+    constant = config(method="lobireft", positions="all", component="mlp_output")
+    tuned = get_peft_model(TINY["gpt2"](), constant)
+    shake(tuned)
+    expected = tuned.eval()(**tiny_inputs("gpt2")).logits
+    with pytest.raises(reftune.ReftuneError, match=r"which has \['default'\]"):
+        tuned.merge_and_unload(adapter_names=names)
+    assert torch.equal(tuned(**tiny_inputs("gpt2")).logits, expected)
+
+
+def test_lora_beside_is_merged_and_unmerged_around_the_edits(base):
+    lora = get_peft_model(load(base), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        both = get_peft_model(lora.get_base_model(), config(init="paper"), adapter_name="edit").eval()
+    expected = logits(both)
+    lora.merge_adapter()
+    torch.testing.assert_close(logits(both), expected, rtol=1e-4, atol=1e-4)
+    lora.unmerge_adapter()
+    torch.testing.assert_close(logits(both), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_a_head_goes_beside_one_that_has_it(base):
+    model = get_peft_model(load(base), config(modules_to_save=["lm_head"]), "head")
+    model.add_adapter("edit", config())
+    model.set_adapter("edit")
+    model.add_adapter("third", config())
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"edit"}
+    assert not model.base_model.model.lm_head.active_adapters
 
 
 def test_a_constant_at_every_token_merges_into_a_bias_that_exists():

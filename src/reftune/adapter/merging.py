@@ -20,9 +20,12 @@ def merge_constant(engine: Engine, names: list[str], safe: bool = False) -> None
         safe: refuse values that are not finite.
 
     Raises:
-        ReftuneError: an adapter that depends on the token or its position, a site without a bias, or values that are
-            not finite.
+        ReftuneError: an adapter that is not on the model or depends on the token or its position, a site without a
+            bias, or values that are not finite.
     """
+    unknown = [name for name in names if name not in engine.adapter_names()]
+    if unknown:
+        raise ReftuneError(f"adapter_names: {unknown} not on this model, which has {engine.adapter_names()}.")
     merges: list[tuple[Tensor, Tensor]] = []
     for name in names:
         for intervention in engine.interventions.values():

@@ -8,7 +8,8 @@ one that adds a child and hooks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from reftune.adapter.merging import merge_constant
 from reftune.engine.blocks import inside
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention
+from reftune.engine.planning import Planner
+from reftune.engine.position_plan import rows_of
 from reftune.engine.sites import attention_module, find_sites
 from reftune.errors import ReftuneError
 
@@ -49,6 +53,12 @@ class ReftLayer(BaseTunerLayer, Intervention):
     def get_base_layer(self) -> nn.Module:
         """The block."""
         return self._block[0]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: an edit is no weight of this layer. Another adapter on the same model may be merged around it."""
+
+    def unmerge(self) -> None:
+        """Nothing, as nothing was merged."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; **changes this module**."""
@@ -169,12 +179,6 @@ class ReftModel(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise ReftuneError("ReFT replaces no module; its adapters are attached by inject_adapter.")
 
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        super()._mark_only_adapters_as_trainable(model)
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module.set_adapter(self.active_adapters)
-
     def set_scale(self, adapter_name: str, value: float) -> None:
         """Multiply what an adapter adds; **changes the model**, and is not saved with the adapter.
 
@@ -199,7 +203,12 @@ class ReftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with self.engine.mixed(kwargs.get("adapter_names")):
+        planner, given = self.engine.planner, kwargs.get("adapter_names")
+        with self.engine.mixed(given), ExitStack() as hooks:
+            saved = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)] if given else []
+            for wrapper in saved:
+                choose = partial(_rows_own_modules, planner, planner.row_adapters)
+                hooks.callback(wrapper.register_forward_hook(choose, with_kwargs=True).remove)
             yield
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -225,10 +234,10 @@ class ReftModel(BaseTuner):
         same vector at every token (``lobireft`` at ``positions="all"``) to the output of a module that has a bias.
 
         Raises:
-            ReftuneError: an adapter that no weight can express; nothing has been changed then.
+            ReftuneError: an adapter that no weight can express, or that is not here; nothing has been changed then.
         """
         engine = self.engine
-        merge_constant(engine, adapter_names or self.active_adapters, safe=safe_merge)
+        merge_constant(engine, self.active_adapters if adapter_names is None else adapter_names, safe=safe_merge)
         engine.detach()
         return self._finish_unloading(merge=True)
 
@@ -255,6 +264,13 @@ class ReftModel(BaseTuner):
             "ReFT adapters are not merged in place: use merge_and_unload(), or keep the adapter attached."
         )
 
+    def unmerge_adapter(self) -> None:
+        """Not offered, as ``merge_adapter`` is not: there is never anything to take out again."""
+        raise ReftuneError(
+            "ReFT adapters are never merged in place, so that there is nothing to unmerge: disable_adapter() gives the "
+            "base model for a while, unload() for good."
+        )
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
@@ -264,6 +280,41 @@ class ReftModel(BaseTuner):
         )
         check_tensors(model, config, adapter_name, remapped)
         return remapped
+
+
+def _rows_own_modules(
+    planner: Planner, names: list[str], wrapper: ModulesToSaveWrapper, args: Any, kwargs: Any, output: Any
+) -> Any:
+    """After a saved module's forward in a batch of mixed adapters: each row's output from its own adapter's module.
+
+    Args:
+        planner: knows the batch that this thread is computing.
+        names: the adapter of each row, as the planner has it while that batch is under way.
+        wrapper: holds the base's own module and each adapter's.
+        args: what it was called with; tensors have the rows (of beams: a multiple of them) as first dimension.
+        kwargs: likewise.
+        output: of the active adapter's module.
+    """
+    if planner.row_adapters is not names or wrapper.disable_adapters:  # another thread's forward
+        return output
+    first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    rows: dict[nn.Module, list[Tensor]] = {}
+    for name in dict.fromkeys(names):
+        module = wrapper.modules_to_save[name] if name in wrapper.modules_to_save else wrapper.original_module
+        own = rows_of(names, name, len(first), first.device)
+        rows.setdefault(module, []).append(own.nonzero().squeeze(-1))
+    index = {module: torch.cat(found) for module, found in rows.items()}
+
+    def of(chosen: Tensor, value: Any) -> Any:
+        has_rows = isinstance(value, Tensor) and value.ndim and len(value) == len(first)
+        return value.index_select(0, chosen) if has_rows else value
+
+    parts = [
+        module(*tree_map(partial(of, chosen), args), **tree_map(partial(of, chosen), kwargs))
+        for module, chosen in index.items()
+    ]
+    order = torch.cat(list(index.values())).argsort()
+    return tree_map(lambda *found: torch.cat(found).index_select(0, order), *parts)
 
 
 def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:

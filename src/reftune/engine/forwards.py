@@ -132,6 +132,12 @@ def _first(arguments: Mapping[str, Any], *names: str) -> Tensor | None:
     return next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
 
 
+def batch_rows(arguments: Mapping[str, Any]) -> int | None:
+    """Rows of a call's batch: of its tokens where it has some, else of its first tensor; None without a tensor."""
+    found = _first(arguments, "input_ids", "inputs_embeds", "inputs", *arguments)
+    return found.shape[0] if found is not None and found.ndim else None
+
+
 def generation_prompt(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, int, torch.device]:

@@ -207,6 +207,8 @@ class Engine:
         if row_adapters is None:
             yield
             return
+        if isinstance(row_adapters, str):
+            raise ReftuneError(f"adapter_names={row_adapters!r}: give a list with one name for each row.")
         names = list(row_adapters)
         self.check_names(names)
         with self.planner.mixed(names):
@@ -218,7 +220,7 @@ class Engine:
         Raises:
             ReftuneError: one that is neither an adapter nor ``"__base__"``.
         """
-        unknown = sorted(set(names) - set(self.adapter_names()) - {BASE_ROW})
+        unknown = [name for name in dict.fromkeys(names) if name not in (*self.adapter_names(), BASE_ROW)]
         if unknown:
             raise ReftuneError(f"adapter_names: {unknown} not on this model, which has {self.adapter_names()}.")
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
+from reftune.engine.forwards import Role, batch_rows, bind, generation_prompt, is_encoder_decoder, token_arguments
 from reftune.engine.packed import packed_plan, spans_of
 from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import NOTHING, Mask, PositionPlan
@@ -164,6 +164,8 @@ class Planner:
         active = self.active_positions()
         ours["directions"] = by_adapter(ours.pop("intervention_directions", None), active)
         spans = spans_of(kwargs)
+        if module is self.model and spans is None and not self._here.memories:
+            self._check_one_name_a_row(bind(module, args, kwargs))
         if spans is not None:
             call.plans[""] = packed_plan(spans)
         elif active:
@@ -173,6 +175,11 @@ class Planner:
                 if plan is not None:
                     plan.adapters = tuple(active)
         return args, kwargs
+
+    def _check_one_name_a_row(self, arguments: Mapping[str, Any]) -> None:
+        names = self._here.row_adapters
+        if names is not None and (rows := batch_rows(arguments)) not in (None, len(names)):
+            raise ReftuneError(f"adapter_names has {len(names)} names for {rows} rows: give one name a row.")
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         """End the forward that ``enter`` began for this module, whether it returned or raised."""
@@ -293,8 +300,10 @@ class Planner:
             **kwargs: as for ``transformers.GenerationMixin.generate``.
 
         Raises:
-            ReftuneError: a cache was passed in which earlier turns edited tokens that can no longer be recomputed.
+            ReftuneError: a cache was passed in which earlier turns edited tokens that can no longer be recomputed; not
+                one of ``adapter_names`` for each prompt.
         """
+        self._check_one_name_a_row({**kwargs, "inputs": args[0]} if args else kwargs)
         kind: Any = type(self.model)
         base_generate = kind.generate
         active = self.active_positions()
