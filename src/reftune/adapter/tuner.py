@@ -205,8 +205,8 @@ class ReftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         planner, given = self.engine.planner, kwargs.get("adapter_names")
         with self.engine.mixed(given), ExitStack() as hooks:
-            saved = [m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)] if given else []
-            for wrapper in saved:
+            own = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)] if given else []
+            for wrapper in own:
                 choose = partial(_rows_own_modules, planner, planner.row_adapters)
                 hooks.callback(wrapper.register_forward_hook(choose, with_kwargs=True).remove)
             yield
@@ -283,14 +283,14 @@ class ReftModel(BaseTuner):
 
 
 def _rows_own_modules(
-    planner: Planner, names: list[str], wrapper: ModulesToSaveWrapper, args: Any, kwargs: Any, output: Any
+    planner: Planner, names: list[str], wrapper: AuxiliaryTrainingWrapper, args: Any, kwargs: Any, output: Any
 ) -> Any:
-    """After a saved module's forward in a batch of mixed adapters: each row's output from its own adapter's module.
+    """After a forward of a saved module or trained tokens in a mixed batch: each row's output from its adapter's own.
 
     Args:
         planner: knows the batch that this thread is computing.
         names: the adapter of each row, as the planner has it while that batch is under way.
-        wrapper: holds the base's own module and each adapter's.
+        wrapper: holds the base's own module and what each adapter has in its place.
         args: what it was called with; tensors have the rows (of beams: a multiple of them) as first dimension.
         kwargs: likewise.
         output: of the active adapter's module.
@@ -298,20 +298,23 @@ def _rows_own_modules(
     if planner.row_adapters is not names or wrapper.disable_adapters:  # another thread's forward
         return output
     first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    rows: dict[nn.Module, list[Tensor]] = {}
-    for name in dict.fromkeys(names):
-        module = wrapper.modules_to_save[name] if name in wrapper.modules_to_save else wrapper.original_module
-        own = rows_of(names, name, len(first), first.device)
-        rows.setdefault(module, []).append(own.nonzero().squeeze(-1))
-    index = {module: torch.cat(found) for module, found in rows.items()}
+    own = [name if name in wrapper._adapters else None for name in names]
+    index = {name: rows_of(own, name, len(first), first.device).nonzero().squeeze(-1) for name in dict.fromkeys(own)}
+
+    def forward(name: str | None, *args: Any, **kwargs: Any) -> Any:
+        if name is None:
+            return wrapper.original_module(*args, **kwargs)
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            return wrapper.modules_to_save[name](*args, **kwargs)
+        return wrapper._forward_wrapped_mixed_batch(args[0], name, *args[1:], **kwargs)
 
     def of(chosen: Tensor, value: Any) -> Any:
         has_rows = isinstance(value, Tensor) and value.ndim and len(value) == len(first)
         return value.index_select(0, chosen) if has_rows else value
 
     parts = [
-        module(*tree_map(partial(of, chosen), args), **tree_map(partial(of, chosen), kwargs))
-        for module, chosen in index.items()
+        forward(name, *tree_map(partial(of, chosen), args), **tree_map(partial(of, chosen), kwargs))
+        for name, chosen in index.items()
     ]
     order = torch.cat(list(index.values())).argsort()
     return tree_map(lambda *found: torch.cat(found).index_select(0, order), *parts)

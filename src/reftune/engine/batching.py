@@ -95,11 +95,13 @@ class GenerateBatch:
         if len(names) != len(inputs):
             raise ReftuneError(f"adapter_names has {len(names)} names for {len(inputs)} prompts: give one name each.")
         self.engine.check_names(name for name in names if name is not None)
-        whole = [path for path, module in model.named_modules() if hasattr(module, "modules_to_save")]
+        kinds = ("modules_to_save", "token_adapter")
+        whole = [path for path, m in model.named_modules() if any(kind in m._modules for kind in kinds)]
         if adapter_names is not None and whole:
             raise ReftuneError(
-                f"adapter_names: {whole[0]} is an adapter's own (modules_to_save), and continuous batching runs one "
-                "such module for all requests; use generate(adapter_names=...), or set_adapter and no adapter_names."
+                f"adapter_names: {whole[0]} is an adapter's own (modules_to_save, trainable_token_indices), and "
+                "continuous batching runs one such module for all requests; use generate(adapter_names=...), or "
+                "set_adapter and no adapter_names."
             )
         given = model.generation_config if generation_config is None else generation_config
         answers = given.num_return_sequences or 1

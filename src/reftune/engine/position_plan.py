@@ -117,7 +117,9 @@ class PositionPlan:
         return rows if len(rows) or self._keep_empty else None
 
 
-def rows_of(row_adapters: Sequence[str], adapter: str, batch: int, device: torch.device) -> Bool[Tensor, " batch"]:
+def rows_of(
+    row_adapters: Sequence[str | None], adapter: str | None, batch: int, device: torch.device
+) -> Bool[Tensor, " batch"]:
     """Which rows of a batch are an adapter's; names are repeated for beams and return sequences."""
     named = len(row_adapters)
     if batch % named:
