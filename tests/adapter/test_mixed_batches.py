@@ -19,8 +19,14 @@ NAMES = ["b", "__base__", "a", "b", "plain"]
 
 def mixed_model(name: str, task: str | None = None) -> Any:
     """Adapters a and b with a head of their own, and one without; all moved off their start."""
-    config = {"r": 2, "layers_to_transform": [0], "positions": "all", "init": "paper", "task_type": task}
-    component = {"component": "encoder.block_output"} if name == "bart" else {}
+    config: dict[str, Any] = {
+        "r": 2,
+        "layers_to_transform": [0],
+        "positions": "all",
+        "init": "paper",
+        "task_type": task,
+    }
+    component: dict[str, Any] = {"component": "encoder.block_output"} if name == "bart" else {}
     model: Any = TINY[name]()
     for adapter, saved in (("a", [HEADS[name]]), ("b", [HEADS[name]]), ("plain", None)):
         one = reftune.ReftConfig(**config, **component, modules_to_save=saved)

@@ -446,7 +446,8 @@ def test_an_adapter_without_a_head_goes_beside_one_that_has_it(base):
     model.set_adapter("edit")
     model.add_adapter("third", config())
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"edit"}
-    assert not model.base_model.model.lm_head.active_adapters
+    head: Any = model.get_base_model().lm_head
+    assert not head.active_adapters
 
 
 def test_a_constant_at_every_token_merges_into_a_bias_that_exists():

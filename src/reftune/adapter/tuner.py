@@ -207,7 +207,7 @@ class ReftModel(BaseTuner):
         with self.engine.mixed(given), ExitStack() as hooks:
             own = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)] if given else []
             for wrapper in own:
-                choose = partial(_rows_own_modules, planner, planner.row_adapters)
+                choose = partial(_rows_own_modules, planner, planner.row_adapters or [])
                 hooks.callback(wrapper.register_forward_hook(choose, with_kwargs=True).remove)
             yield
 
