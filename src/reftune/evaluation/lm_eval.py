@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -118,7 +118,9 @@ class ReftuneLM(_HFLM):
         **others: Any,
     ) -> None:
         folder = None if peft is None else Path(str(peft)).expanduser()
-        self._run = recorded_run(folder) if folder is not None and folder.is_dir() else {}
+        self._folder = folder if folder is not None and folder.is_dir() else None
+        self._run = recorded_run(self._folder) if self._folder is not None else {}
+        self._own_tokenizer = not others.get("tokenizer")
         if pretrained is None:
             pretrained = _trained_on(peft, folder) or self._run.get("model")
         if not pretrained:
@@ -131,20 +133,35 @@ class ReftuneLM(_HFLM):
             others.setdefault("tokenizer", tokenizer)
         if pretrained == models.BUNDLED:
             pretrained = str(models.bundled_folder())
-        if not isinstance(pretrained, str) and peft is not None:
-            pretrained = _with_adapter(pretrained, peft)
         if recorded := self._run.get("chat_template_kwargs"):
             others["chat_template_args"] = {**recorded, **(others.get("chat_template_args") or {})}
         super().__init__(pretrained=pretrained, peft=peft, dtype=dtype, device=device, **others)
+        if not isinstance(pretrained, str) and peft is not None:
+            self._model = self._with_adapter(peft)
         if not isinstance(self.model, PeftModel):
             logger.warning("No adapter (peft=DIR) was given: the base model is scored.")
 
+    def _create_tokenizer(self, *args: Any, **others: Any) -> None:
+        super()._create_tokenizer(*args, **others)
+        if self._folder is not None and self._own_tokenizer:
+            self.tokenizer = models.saved_tokenizer(self._folder, self.tokenizer)
+
+    def _with_adapter(self, peft: str) -> PeftModel:
+        if self._folder is not None and self._own_tokenizer:
+            models.fit_to_tokenizer(cast(Any, self._model), self.tokenizer)
+        folder = Path(str(peft)).expanduser()
+        return (
+            load_adapter(self._model, folder)
+            if _is_local(folder)
+            else PeftModel.from_pretrained(self._model, str(peft))
+        )
+
     def _create_model(self, *args: Any, peft: str | None = None, **others: Any) -> None:
-        # The harness would resize the vocabulary to the tokenizer's, which changes every probability where a model's
-        # embedding is padded; adapters trained here never need it.
+        # The harness would also shrink the vocabulary to the tokenizer's, which changes every probability where a
+        # model's embedding is padded.
         super()._create_model(*args, peft=None, **others)
         if peft is not None:
-            self._model = _with_adapter(self._model, peft)
+            self._model = self._with_adapter(peft)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the model reads it; as in training where there is a record of it."""
@@ -275,11 +292,6 @@ def _shared(rows: Sequence[ScoredRow], max_length: int) -> list[_Forward]:
             "on what is left of it.", cut, len(rows), max_length,
         )  # fmt: skip
     return sorted(found.values(), key=lambda one: -len(one.tokens))
-
-
-def _with_adapter(model: Any, peft: str) -> PeftModel:
-    folder = Path(str(peft)).expanduser()
-    return load_adapter(model, folder) if _is_local(folder) else PeftModel.from_pretrained(model, str(peft))
 
 
 def _trained_on(peft: str | None, folder: Path | None) -> str | None:

@@ -37,7 +37,7 @@ class EditedClassifier:
 
     Attributes:
         model: the PEFT model, in evaluation mode.
-        tokenizer: the base model's.
+        tokenizer: the one saved beside the adapter, else the base model's.
         scheme: its classes.
         max_length: tokens of a text, or of a pair; longer ones lose their end.
         glue: the GLUE task that it was trained for, whose metrics it is measured by.
@@ -115,6 +115,8 @@ def load_classifier(
         num_labels=scheme.outputs,
     )
     describe_labels(base, scheme)
+    tokenizer = models.saved_tokenizer(folder, tokenizer)
+    models.fit_to_tokenizer(base, tokenizer)
     edited = load_adapter(base, folder)
     edited.eval()
     return EditedClassifier(

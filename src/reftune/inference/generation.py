@@ -88,10 +88,8 @@ def stop_tokens(edited: EditedModel) -> list[int]:
     """The tokens that end an answer: the model's own, and the one that closed completions in training."""
     base: Any = edited.model.get_base_model()
     own = base.generation_config.eos_token_id
-    closing = edited.encoding.end_ids()[-1:]
-    found: list[Any] = [*(own if isinstance(own, (list, tuple)) else [own]), edited.tokenizer.eos_token_id]
-    special = set(edited.tokenizer.all_special_ids)
-    return sorted({int(token) for token in [*found, *(t for t in closing if t in special)] if token is not None})
+    found = [*(own if isinstance(own, (list, tuple)) else [own]), *edited.encoding.stop_ids()]
+    return sorted({int(token) for token in found if token is not None})
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Int[Tensor, "batch position"]]:

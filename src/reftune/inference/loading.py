@@ -30,7 +30,7 @@ class EditedModel:
 
     Attributes:
         model: the PEFT model, in evaluation mode; `model.disable_adapter()` gives the base.
-        tokenizer: the base model's.
+        tokenizer: the one saved beside the adapter, else the base model's.
         encoding: how prompts become tokens, as in training; its limit is the model's context.
         folder: where the adapter came from; None for one that was just trained.
     """
@@ -71,10 +71,11 @@ def load_edited(
     base, tokenizer = models.load(
         name, dtype or recorded.get("dtype"), device, quantization=quantization or recorded.get("quantization")
     )
+    encoding = recorded_encoding(folder, tokenizer, template, system_prompt, chat_template_kwargs)
+    models.fit_to_tokenizer(base, encoding.tokenizer)
     edited = load_adapter(base, folder)
     edited.eval()
-    encoding = recorded_encoding(folder, tokenizer, template, system_prompt, chat_template_kwargs)
-    return EditedModel(edited, tokenizer, within_context(encoding, base), folder)
+    return EditedModel(edited, encoding.tokenizer, within_context(encoding, base), folder)
 
 
 def adapter_folder(folder: str | Path, model: str | None, *, classifier: bool) -> tuple[Path, str, dict[str, Any]]:
@@ -107,10 +108,10 @@ def recorded_encoding(
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> Encoding:
-    """How prompts become tokens for an adapter: as its `run.yaml` says, but for what is given."""
+    """How prompts become tokens for an adapter: as its own tokenizer and its `run.yaml` say, but for what is given."""
     recorded = recorded_run(folder)
     return Encoding(
-        tokenizer,
+        models.saved_tokenizer(folder, tokenizer),
         template if template is not None else recorded.get("template"),
         system_prompt if system_prompt is not None else recorded.get("system_prompt"),
         on_long_prompt="error",

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.cli.tiny_folder import tiny_tokenizer
 
 CHAT: dict[str, Any] = {"model": "pirate", "messages": [{"role": "user", "content": "hi"}]}
 KEYS = "admin-key-1 admin\nuser-key-22 adapters=pirate,base\n"
@@ -271,5 +274,29 @@ def test_concurrent_requests_answer_their_own_names(served: Any, folder: Any) ->
             found = await asyncio.gather(*asked)
             said = [answer.json()["choices"][0]["message"]["content"] for answer in found]
             assert said == [f"{name} 1" for name in wanted]
+
+    asyncio.run(run())
+
+
+def test_an_adapters_own_tokenizer_reads_and_ends_its_answers(served: Any, folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(folder / "formal")
+    tokenizer.eos_token = "<|im_start|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_start|>{% endfor %}"
+    tokenizer.save_pretrained(folder / "terse")
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(folder / "pirate")
+
+    async def run() -> None:
+        async with served() as client:
+            for name, text in (("formal", "[Hi]"), ("terse", "Hi<|im_start|>")):
+                body = {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
+                found = (await client.post("/tokenize", json=body)).json()
+                assert "".join(found["token_strs"]) == text
+            body["model"] = "pirate"
+            refused = (await client.post("/v1/chat/completions", json=body)).json()
+            assert "this adapter cannot share its base" in refused["error"]["message"]
+            assert client.service.open == 0
 
     asyncio.run(run())

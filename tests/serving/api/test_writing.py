@@ -14,7 +14,7 @@ def write(text: bytes, stops: list[str], sizes: list[int]) -> tuple[str, Choice]
     while ids and choice.finish is None:
         size = sizes[len(sent) % len(sizes)] if sizes else 1
         part, ids = ids[:size], ids[size:]
-        sent += choice.take([Token(int(token)) for token in part], None if ids else "length").text
+        sent += choice.take([Token(int(token)) for token in part], None if ids else "length").text  # type: ignore[arg-type]
     return sent, choice
 
 
@@ -52,3 +52,11 @@ def test_the_text_ends_before_the_first_stop_string_and_nothing_behind_is_ever_s
 def test_bytes_of_a_character_that_was_never_finished_are_told() -> None:
     sent, _ = write("né".encode()[:2], [], [1])
     assert sent == "n\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_token_that_closes_turns_ends_the_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("yes<|im_start|>no").input_ids
+    choice = Choice(0, tokenizer, ends=[tokenizer.convert_tokens_to_ids("<|im_start|>")])  # type: ignore[list-item]
+    piece = choice.take([Token(token) for token in ids], None)
+    assert (piece.text, piece.finish) == ("yes", "stop")

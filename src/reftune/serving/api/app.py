@@ -90,14 +90,14 @@ def build_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         target = service.target(body.model, permission_of(request))
-        prompt = service.prompt_ids(target, [message.as_message() for message in body.messages])
+        prompts = await service.read_prompts(target, [[message.as_message() for message in body.messages]])
         wanted = body.max_completion_tokens or body.max_tokens
-        return await _answer(service, request, body, target, CHAT, [prompt], wanted, body.wanted_logprobs)
+        return await _answer(service, request, body, target, CHAT, prompts, wanted, body.wanted_logprobs)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         target = service.target(body.model, permission_of(request))
-        prompts = [service.prompt_ids(target, prompt) for prompt in body.prompts]
+        prompts = await service.read_prompts(target, body.prompts)
         if not prompts:
             raise RequestError(400, "prompt: give at least one.", "prompt")
         return await _answer(service, request, body, target, COMPLETION, prompts, body.max_tokens, body.wanted_logprobs)
@@ -108,12 +108,13 @@ def build_app(
             raise RequestError(400, "give either prompt or messages.", "prompt")
         target = service.target(body.model, permission_of(request))
         prompt = body.prompt if body.messages is None else [message.as_message() for message in body.messages]
-        ids = service.prompt_ids(target, prompt)
+        (ids,) = await service.read_prompts(target, [prompt])
+        tokenizer = service.encoding(target).tokenizer
         return {
             "count": len(ids),
             "max_model_len": service.engine.context,
             "tokens": ids,
-            "token_strs": [service.engine.tokenizer.decode([token]) for token in ids],
+            "token_strs": [tokenizer.decode([token]) for token in ids],
             "edited": await asyncio.to_thread(service.engine.edited, list(target.folders), len(ids)),
         }
 
@@ -162,7 +163,7 @@ async def _answer(
     room = [service.room(body, prompt, wanted) for prompt in prompts]
     request.state.log |= {"model": target.name, "prompt_tokens": sum(map(len, prompts))}
     service.take(len(prompts) * body.n)
-    answer = Answer(shape, body.model, sum(map(len, prompts)), service.engine.tokenizer)
+    answer = Answer(shape, body.model, sum(map(len, prompts)), service.encoding(target).tokenizer)
     pieces = service.write(target, prompts, body, room, logprobs)
     if body.stream:
         # The first piece is waited for, so that an adapter that cannot be loaded is an error and not a broken stream.

@@ -14,6 +14,7 @@ from typing import Any
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.inference.loading import recorded_encoding
+from reftune.models import TOKENIZER_FILES
 from reftune.serving.api.bodies import Generation
 from reftune.serving.api.errors import RequestError
 from reftune.serving.api.keys import Keys, Permission
@@ -24,6 +25,8 @@ from reftune.serving.expression import parse_expression
 from reftune.serving.requests import Sampling, TokenEngine
 
 logger = logging.getLogger("reftune.serve")
+_ENCODINGS = 128
+"""Adapters whose way of encoding is kept; some have a tokenizer of their own."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,39 @@ class Service:
         return Target(model, tuple(terms), tuple(folder for folder in folders if folder is not None))
 
     def encoding(self, target: Target) -> Encoding:
-        """How prompts become tokens for a target: as the first adapter was trained, or as the base's template says."""
+        """How prompts become tokens for a target: as the first adapter was trained, or as the base's template says.
+
+        Raises:
+            RequestError: a folder whose tokenizer or run.yaml cannot be used, or has tokens that this base has not.
+        """
         if not target.folders:
             return Encoding(self.engine.tokenizer, max_length=self.engine.context, on_long_prompt="error")
         folder = target.folders[0]
-        stamp = max((folder / name).stat().st_mtime_ns for name in ("run.yaml", ".") if (folder / name).exists())
+        names = ("run.yaml", *TOKENIZER_FILES, ".")
+        stamp = max((folder / name).stat().st_mtime_ns for name in names if (folder / name).exists())
         known = self._encodings.get(folder)
         if known is None or known[0] != stamp:
-            encoding = replace(recorded_encoding(folder, self.engine.tokenizer), max_length=self.engine.context)
+            try:
+                encoding = replace(recorded_encoding(folder, self.engine.tokenizer), max_length=self.engine.context)
+            except ReftuneError as error:
+                raise RequestError(400, str(error), "model", "adapter_unusable") from None
+            if len(encoding.tokenizer) > self.engine.vocabulary:
+                raise RequestError(
+                    400,
+                    f"the tokenizer of {target.name!r} has {len(encoding.tokenizer)} tokens and the served base model "
+                    f"{self.engine.vocabulary}: this adapter cannot share its base; use it with reftune generate.",
+                    "model",
+                    "adapter_unusable",
+                )
             known = self._encodings[folder] = (stamp, encoding)
-            while len(self._encodings) > 1024:
-                self._encodings.pop(next(iter(self._encodings)))
+            while len(self._encodings) > _ENCODINGS:
+                self._encodings.pop(next(iter(self._encodings)), None)
         return known[1]
+
+    async def read_prompts(self, target: Target, prompts: Sequence[Any]) -> list[list[int]]:
+        """Prompts as `prompt_ids` reads them; a tokenizer that has to be loaded first holds nobody up."""
+        await asyncio.to_thread(self.encoding, target)
+        return [self.prompt_ids(target, prompt) for prompt in prompts]
 
     def prompt_ids(self, target: Target, prompt: Any) -> list[int]:
         """A text, messages or token ids as the model reads them.
@@ -149,7 +173,7 @@ class Service:
                 )
             ids: Any = prompt
         elif isinstance(prompt, str):
-            ids = self.engine.tokenizer(prompt).input_ids
+            ids = self.encoding(target).tokenizer(prompt).input_ids
         else:
             try:
                 ids = self.encoding(target).prompt_ids([prompt])[0]
@@ -219,6 +243,8 @@ class Service:
         self.metrics.prompt_tokens.labels(label).inc(sum(map(len, prompts)))
         queue: asyncio.Queue[tuple[Choice, Piece] | Exception] = asyncio.Queue()
         try:
+            encoding = self.encoding(target)
+            ends = encoding.stop_ids() if target.folders else ()
             async with AsyncExitStack() as stack:
                 tasks = []
                 for index in range(number):
@@ -228,7 +254,7 @@ class Service:
                         repetition_penalty=body.repetition_penalty, frequency_penalty=body.frequency_penalty,
                         presence_penalty=body.presence_penalty, logit_bias=body.biases, logprobs=logprobs,
                     )  # fmt: skip
-                    choice = Choice(index, self.engine.tokenizer, body.stops, logprobs is not None)
+                    choice = Choice(index, encoding.tokenizer, body.stops, logprobs is not None, ends)
                     adapters = [
                         (folder, weight * body.scale)
                         for folder, (_, weight) in zip(target.folders, target.adapters, strict=True)

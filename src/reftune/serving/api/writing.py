@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +31,22 @@ class Choice:
 
     Args:
         index: its number.
-        tokenizer: of the base.
+        tokenizer: of the adapter.
         stops: strings that end it; they are not part of the text.
         wants_logprobs: whether tokens are reported with their log-probabilities.
+        ends: token ids that end it, besides the engine's own.
     """
 
-    def __init__(self, index: int, tokenizer: Any, stops: Sequence[str] = (), wants_logprobs: bool = False):
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Any,
+        stops: Sequence[str] = (),
+        wants_logprobs: bool = False,
+        ends: Collection[int] = (),
+    ):
         self.index = index
-        self.stops = list(stops)
+        self.stops, self.ends = list(stops), ends
         self.wants_logprobs = wants_logprobs
         self.tokens: list[Token] = []
         self.text = ""
@@ -63,6 +71,8 @@ class Choice:
             found = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
             if found:
                 self.text, self.finish = self.text[: min(found)], "stop"
+            if found or token.id in self.ends:
+                finish = "stop"
                 break
         if finish is not None and self.finish is None:
             self.finish = finish
