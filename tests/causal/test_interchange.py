@@ -130,6 +130,39 @@ def test_padding_moves_no_position(side):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("position", [-1, 4, "l1", "prompt", "all"])
+@pytest.mark.parametrize("first_supervised", [0, 3, 7])
+def test_labels_move_no_position(position, first_supervised):
+    model, inputs, other = TINY["llama"](), tiny_inputs("llama"), tiny_inputs("llama")
+    other["input_ids"] = other["input_ids"].flip(1)
+    labels = inputs["input_ids"].masked_fill(torch.arange(7) < first_supervised, -100)
+    at = Location("block_output", 1, position)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        with intervene(model, swap(at, other)):
+            plain = model(**inputs).logits
+            assert torch.equal(model(**inputs, labels=labels).logits, plain)
+        states = [read(model, {**inputs, **more}, at)[0] for more in ({}, {"labels": labels})]
+    assert not torch.allclose(base, plain)
+    assert torch.equal(*states)
+
+
+def test_a_direct_forward_under_an_intervention_is_the_models_call():
+    model, rows = TINY["bert"](), tiny_inputs("bert")
+    rows["attention_mask"][0, 4:] = 0
+    at = Location("block_output", 1, -1)
+    with torch.no_grad():
+        plain = model(**rows).logits
+        with intervene(model, zero(at)):
+            with intervene(model, zero(at)):
+                edited = model(**rows).logits
+                assert torch.equal(model.forward(**rows).logits, edited)
+            assert torch.equal(model.forward(**rows).logits, edited)
+        assert not torch.allclose(edited, plain)
+        assert torch.equal(model.forward(**rows).logits, plain)
+    assert "forward" not in model.__dict__
+
+
 def test_a_subspace_swap_keeps_the_rest_and_complements_add_up():
     model, base, source = TINY["qwen2"]().eval(), rows("qwen2"), rows("qwen2", seed=2)
     at = Location("block_output", 1, 3)

@@ -45,6 +45,10 @@ for component in ("block_output", "mlp_output"):
         with torch.no_grad():
             torch.testing.assert_close(compiled(**batch(length)).logits, model(**batch(length)).logits)
     torch._dynamo.reset()
+    with torch.no_grad():  # the base's forward by itself, which edits too
+        direct = torch.compile(model.get_base_model().forward, backend="eager", fullgraph=True)
+        torch.testing.assert_close(direct(**batch(7)).logits, model(**batch(7)).logits)
+    torch._dynamo.reset()
 
 model = tuned("block_output").eval()
 compiled = torch.compile(model, backend="eager")

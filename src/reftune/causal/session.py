@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reftune.causal.actions import Action, keep
 from reftune.causal.locations import Location, Units, units
 from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.engine.hooks import edit_passing
+from reftune.engine.hooks import DirectForward, edit_passing
 from reftune.engine.intervention import edit_rows
 from reftune.engine.positions import TokenLayout, read_layout
 from reftune.engine.sites import Site
@@ -133,6 +133,7 @@ class Session:
         self._layouts: dict[str, tuple[TokenLayout, int]] = {}
         self._prompt: Tensor | None = None
         self._shadowed: Any = None
+        self._begun = False
 
     def __enter__(self) -> None:
         """Hook the model; **changes it** until the end of the ``with`` block."""
@@ -146,11 +147,13 @@ class Session:
         if hasattr(type(self.model), "generate"):
             self._shadowed = self.model.__dict__.get("generate")
             self.model.__dict__["generate"] = self._generate
+        self._forward = DirectForward(self.model, self._begins)
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._forward.remove()
         if hasattr(type(self.model), "generate"):
             del self.model.__dict__["generate"]
             if self._shadowed is not None:
@@ -166,10 +169,14 @@ class Session:
         finally:
             self._prompt = None
 
+    def _begins(self) -> bool:
+        begun, self._begun = self._begun or not self._handles, False
+        return begun
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for bound in self.bound:
             bound.begin()
-        self._layouts = {}
+        self._layouts, self._begun = {}, True
         roles: dict[str, Role] = {"": "only"}
         if is_encoder_decoder(self.model):
             roles = {"encoder": "encoder", "decoder": "decoder"}
@@ -179,17 +186,11 @@ class Session:
             found = token_arguments(arguments, role, module, needs_prompt=False)
             if found is None:
                 continue
-            labels = arguments.get("labels")
             past = found["past_length"]
             layout = read_layout(**found)
             length = self._prompt_length(layout, past, role)
-            if length is None:
-                asked = isinstance(labels, Tensor) and labels.ndim == 2 and role == "only" and past == 0
-                if asked and labels is not None and labels.shape == layout.attended.shape:
-                    layout = read_layout(**{**found, "needs_prompt": True, "labels": labels})
-                    length = layout.prompt_length
-                else:
-                    length = past + layout.attended.sum(-1, keepdim=True)
+            if length is None:  # labels say what is learned: they move no position
+                length = past + layout.attended.sum(-1, keepdim=True)
             self._layouts[stack] = (TokenLayout(layout.attended, layout.ordinal, length), past)
 
     def _prompt_length(self, layout: TokenLayout, past: int, role: Role) -> Tensor | None:

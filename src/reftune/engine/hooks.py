@@ -85,6 +85,42 @@ class _Generate:
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
+class DirectForward:
+    """Stands in for ``model.forward`` from when it is made until ``remove``; **changes the model**.
+
+    Called by itself, as sentence-transformers does, it is a call of the model, and so runs the model's hooks.
+
+    Args:
+        model: whose forward it is.
+        begins: whether it is now called within a call of the model, whose hooks ran.
+    """
+
+    def __init__(self, model: nn.Module, begins: Callable[[], bool]):
+        self.model, self.begins = model, begins
+        self.replaced = model.__dict__.get("forward")  # accelerate's, for one
+        model.__dict__["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call of the model returns."""
+        if not self.begins():
+            return self.model(*args, **kwargs)
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there, unless another has taken the place since."""
+        own = self.model.__dict__
+        if own.get("forward") is self:
+            del own["forward"]
+            if self.replaced is not None:
+                own["forward"] = self.replaced
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.replaced or type(self.model).forward.__get__(self.model))
+
+
 _STAND_INS: dict[str, type[Any]] = {
     "generate": _Generate,
     "init_continuous_batching": InitContinuousBatching,
@@ -249,17 +285,23 @@ class Engine:
                 handle.remove()
         if not wanted:
             if own.pop(ENGINE, None) is not None:
+                self._forward.remove()
                 for name, stand_in in _STAND_INS.items():
                     if isinstance(own.get(name), stand_in):
                         del own[name]
             return
-        own[ENGINE] = self
-        for name, stand_in in _STAND_INS.items():
-            if hasattr(type(self.model), name) and name not in own:
-                own[name] = stand_in(self)
         for key, install in wanted.items():
             if key not in self._handles:
                 self._handles[key] = install()
+        if own.get(ENGINE) is not self:
+            own[ENGINE] = self
+            self._forward = DirectForward(self.model, self._begins)
+        for name, stand_in in _STAND_INS.items():
+            if hasattr(type(self.model), name) and name not in own:
+                own[name] = stand_in(self)
+
+    def _begins(self) -> bool:
+        return not self.interventions or self.planner.begins_running()
 
     def _wanted(self) -> dict[tuple[Any, ...], Callable[[], list[Any]]]:
         """Groups of hooks, each with what installs it, by everything on which they depend."""

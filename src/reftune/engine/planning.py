@@ -18,6 +18,7 @@ from reftune.engine.forwards import Role, batch_rows, bind, generation_prompt, i
 from reftune.engine.packed import packed_plan, spans_of
 from reftune.engine.position_grammar import Positions
 from reftune.engine.position_plan import NOTHING, Mask, PositionPlan
+from reftune.engine.positions import is_token_mask
 from reftune.engine.prompt_memory import PromptMemory
 from reftune.engine.traced_layout import layout_of
 from reftune.engine.transformers_names import checkpoints_activations
@@ -30,6 +31,16 @@ TWO_FORWARDS = (
     "Two forwards await one backward under gradient checkpointing, with an edit inside the block, on a model that does "
     "not hand keyword arguments to its attention: the rows of the first can no longer be told. Run backward after each "
     "forward, switch gradient checkpointing off, or use component='block_output'."
+)
+
+NO_TOKENS = (
+    "{kind} was called by itself, with an attention_mask and hidden states in place of tokens, which do not say where "
+    "padding is. Call the whole model, pass an intervention_mask (batch, sequence), or use positions='all'."
+)
+
+OUTSIDE = (
+    "An edited block ran outside of a forward of the model or of the stack that owns the block, so its tokens are not "
+    "known. Call the model itself (or that stack, not its .forward), or detach or disable the edits before."
 )
 
 CHECKPOINTED_GENERATION = (
@@ -45,6 +56,7 @@ class _Call:
 
     module: nn.Module
     with_grad: bool
+    running: bool = False
     plans: dict[str, PositionPlan | None] = field(default_factory=dict)
     counted: bool = False
 
@@ -88,19 +100,23 @@ def by_adapter(value: Any, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: torch.as_tensor(one) != 0 for name, one in given.items()}
 
 
-def check_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Tensor | dict[str, Tensor]:
-    """Check a caller's ``intervention_mask``: (batch, sequence), true where edits apply; or such by adapter name."""
+def check_mask(
+    mask: Any, batch: int, sequence: int, device: torch.device, per_token: bool = True
+) -> Tensor | dict[str, Tensor]:
+    """Check a caller's ``intervention_mask``: (batch, sequence), true where edits apply; or such by adapter name.
+
+    Without ``per_token``, one of the batch's rows alone is checked: the site may hold another number of states a row.
+    """
     if isinstance(mask, Mapping):
-        return {name: _check_one_mask(value, batch, sequence, device) for name, value in mask.items()}
-    return _check_one_mask(mask, batch, sequence, device)
+        return {name: _check_one_mask(value, batch, sequence, device, per_token) for name, value in mask.items()}
+    return _check_one_mask(mask, batch, sequence, device, per_token)
 
 
-def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device) -> Bool[Tensor, "batch sequence"]:
+def _check_one_mask(mask: Any, batch: int, sequence: int, device: torch.device, per_token: bool) -> Bool[Tensor, ...]:
     mask = torch.as_tensor(mask, device=device)
-    if tuple(mask.shape) != (batch, sequence):
-        raise ReftuneError(
-            f"intervention_mask has shape {tuple(mask.shape)}, expected (batch, sequence) = {(batch, sequence)}."
-        )
+    shape = tuple(mask.shape)
+    if shape != (batch, sequence) and (per_token or not shape or shape[0] != batch):
+        raise ReftuneError(f"intervention_mask has shape {shape}, expected (batch, sequence) = {(batch, sequence)}.")
     return mask != 0
 
 
@@ -181,6 +197,14 @@ class Planner:
         if names is not None and (rows := batch_rows(arguments)) not in (None, len(names)):
             raise ReftuneError(f"adapter_names has {len(names)} names for {rows} rows: give one name a row.")
 
+    def begins_running(self) -> bool:
+        """Whether a call of the model is planned and its ``forward`` not yet called: from now on it was."""
+        call = self._here.calls[-1] if self._here.calls else None
+        if call is None or call.module is not self.model or call.running:
+            return False
+        call.running = True
+        return True
+
     def leave(self, module: nn.Module, *_: Any) -> None:
         """End the forward that ``enter`` began for this module, whether it returned or raised."""
         calls = self._here.calls
@@ -228,15 +252,23 @@ class Planner:
         )
         needs_prompt = any(not positions.everywhere for name, positions in active.items() if name not in masked)
         settled = prompt_lengths is not None
-        found = token_arguments(arguments, role, module, needs_prompt=needs_prompt and not settled)
-        if found is None:
-            return PositionPlan(None, None, keep_empty, self.row_adapters, directions)
-        found["needs_prompt"] = needs_prompt
+        found = token_arguments(arguments, role, self.model, needs_prompt=needs_prompt and not settled)
         mask: Mask = None
         if intervention_mask is not None and role != "decoder":
-            mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"])
+            if found is not None:
+                mask = check_mask(intervention_mask, found["batch"], found["sequence"], found["device"], False)
+            else:  # its shape is the site's
+                mask = by_adapter(intervention_mask, active)
             if isinstance(mask, Tensor) or set(mask) >= set(active):
                 return PositionPlan(None, mask, keep_empty, self.row_adapters, directions)
+        if found is None:
+            padding = arguments.get("attention_mask")
+            if needs_prompt and padding is not None and module is not self.model:
+                raise ReftuneError(NO_TOKENS.format(kind=type(module).__name__))
+            return PositionPlan(None, mask, keep_empty, self.row_adapters, directions)
+        found["needs_prompt"] = needs_prompt
+        if not needs_prompt and not is_token_mask(found["attention_mask"], found["batch"], found["sequence"]):
+            found["attention_mask"] = None  # every state is edited: what it says of tokens does not matter
         layout = layout_of(**found, prompt_lengths=None if role == "encoder" else prompt_lengths)
         return PositionPlan(layout, mask, keep_empty, self.row_adapters, directions)
 
@@ -273,6 +305,8 @@ class Planner:
             one.recomputed = True
         if sum(one.forwards for one in waiting) > 1:
             raise ReftuneError(TWO_FORWARDS)
+        if not waiting and self.active_positions():
+            raise ReftuneError(OUTSIDE)
         return _of_stack(waiting[0].plans, stack) if waiting else NOTHING
 
     def _await_backward(self, call: _Call) -> None:

@@ -95,16 +95,23 @@ class PositionPlan:
         return wanted.to(hidden.device)[found // (tokens // wanted.shape[0])].float()
 
     def _find(self, positions: Positions, part: Part, hidden: Tensor, adapter: str) -> Rows:
-        selected = self._mask.get(adapter) if isinstance(self._mask, Mapping) else self._mask
-        if selected is None:
-            layout = self._layout or whole_rows(hidden.shape[0], hidden.shape[1], hidden.device)
-            selected = layout.selected(positions, part)
+        given = self._mask.get(adapter) if isinstance(self._mask, Mapping) else self._mask
         tokens = hidden.numel() // hidden.shape[-1]
+        layout = self._layout
+        if layout is None or (positions.everywhere and layout.attended.numel() != tokens):  # states other than tokens
+            if given is None and hidden.ndim == 2 and not positions.everywhere:
+                raise ReftuneError(
+                    f"positions={positions.text!r}: states of shape {tuple(hidden.shape)} are no tokens in an order. "
+                    "Use positions='all', or pass an intervention_mask (batch,)."
+                )
+            layout = whole_rows(hidden.shape[0], tokens // max(1, hidden.shape[0]), hidden.device)
+        selected = layout.selected(positions, part) if given is None else given.reshape(given.shape[0], -1)
         if selected.numel() != tokens:
+            what = "intervention_mask has shape" if given is not None else "This forward has tokens of shape"
+            shape = tuple(given.shape if given is not None else selected.shape)
             raise ReftuneError(
-                f"This forward has {tuple(selected.shape)} tokens but the edited tensor holds {tokens}: the model "
-                "changes the sequence between its input and this site. Pass intervention_mask (batch, sequence) for "
-                "that site."
+                f"{what} {shape} but the edited tensor holds {tokens} states: the model changes the sequence between "
+                f"its input and this site. Pass an intervention_mask with one value for each state there."
             )
         if self.row_adapters:
             own = rows_of(self.row_adapters, adapter, selected.shape[0], selected.device)

@@ -19,12 +19,20 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers.utils import logging
 
 from reftune.engine.position_grammar import Positions
 from reftune.errors import ReftuneError
 
 Part = Literal["both", "prefix", "suffix"]
 IGNORED_LABEL = -100
+
+SEVERAL_TURNS = (
+    "A training row has several answers (TRL's assistant_only_loss, for one): prompt positions are those of the prompt "
+    "before its first answer, whereas in use each answer's own prompt is edited. Make one row an answer, as "
+    "`reftune train` does, or use positions='all'."
+)
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,14 @@ def read_layout(
             "there. Train on completions only (labels of the prompt set to -100; in TRL completion_only_loss=True with "
             "prompt/completion data), pass prompt_lengths, or use positions='all'."
         )
+    if must_know_prompt is not None and bool(_supervised_again(supervised, attended, ordinal, lengths).any()):
+        logger.warning_once(SEVERAL_TURNS)
     return TokenLayout(attended, ordinal, lengths)
+
+
+def is_token_mask(mask: Any, batch: int, sequence: int) -> bool:
+    """Whether a forward's ``attention_mask`` has a column for each of its tokens (and perhaps for those before)."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch and mask.shape[1] >= sequence
 
 
 def full_mask(
@@ -216,6 +231,11 @@ def _lengths_from_labels(
     firsts = first.new_full((count,), beyond).scatter_reduce(0, document, first.flatten(), "amin")
     sizes = torch.bincount(document, minlength=count)
     return torch.minimum(firsts, sizes)[document].view(batch, sequence)
+
+
+def _supervised_again(supervised: Tensor, attended: Tensor, ordinal: Tensor, lengths: Tensor) -> Tensor:
+    """Where a second or later stretch of supervised tokens of a row or document begins, (batch, sequence)."""
+    return supervised & attended & ~supervised.roll(1, -1) & (ordinal > lengths)
 
 
 def check_lengths(lengths: Any, count: int | None, device: torch.device) -> Int[Tensor, " count"]:
