@@ -271,6 +271,13 @@ class ReftModel(BaseTuner):
             "base model for a while, unload() for good."
         )
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered: edits are functions of the state, and a sum of their tensors is not the sum of what they do."""
+        raise ReftuneError(
+            "ReFT adapters do not add up to one: let several edit with base_model.set_adapter([...]), each as strongly "
+            "as base_model.set_scale(name, value) says."
+        )
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]

@@ -36,7 +36,8 @@ class Placement:
 class Intervention(nn.Module):
     """The adapters' edits at one block, found there as ``block.intervention``.
 
-    It changes no module path and is never called itself: the engine's hooks call ``apply_at``. The containers are named
+    It changes no module path, and the engine's hooks call ``apply_at``; called itself, as a block that is an
+    ``nn.Sequential`` calls all that it holds, it is the identity. The containers are named
     and nested as they are because PEFT finds, renames and deletes adapters by these names: every parameter is
     ``intervention.reft_edits.<adapter>.<tensor>`` (``reft_suffix_edits`` for the second edit of an untied pair).
     """
@@ -51,6 +52,10 @@ class Intervention(nn.Module):
         self.paused: set[str] = set()
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+
+    def forward(self, hidden: Any) -> Any:
+        """The identity."""
+        return hidden
 
     def active_names(self, row_adapters: Sequence[str] | None = None) -> list[str]:
         """Names of the adapters that edit here now, in order.
