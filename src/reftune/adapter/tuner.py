@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from reftune.adapter.merging import merge_constant
-from reftune.engine.blocks import inside
+from reftune.engine.blocks import device_of, inside
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention
 from reftune.engine.planning import Planner
@@ -73,7 +73,7 @@ class ReftLayer(BaseTunerLayer, Intervention):
         return [c[adapter_name] for c in (self.reft_edits, self.reft_suffix_edits) if adapter_name in c]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = device or next((p.device for p in self._of_block()), None)
+        device = device or device_of(self.get_base_layer())
         for edit in self._edits(adapter_name):
             if device is not None and not any(p.is_meta for p in edit.parameters()):
                 edit.to(device=device)

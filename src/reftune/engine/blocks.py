@@ -65,6 +65,19 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
                 yield from walk(child, join(path, name))
 
 
+def device_of(block: nn.Module) -> torch.device | None:
+    """Where a block computes: its parameters' device; where accelerate keeps them elsewhere, that on which it runs."""
+    parameter = next((p for n, p in block.named_parameters() if CHILD not in n.split(".")), None)
+    if parameter is None or not parameter.is_meta:
+        return None if parameter is None else parameter.device
+    for name, module in block.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if CHILD not in name.split(".") and (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return None
+
+
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Channels in and out of a linear layer (quantised, transposed as GPT-2's, or wrapped by an adapter), or None."""
     for names in (("in_features", "out_features"), ("nx", "nf")):

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reftune.edits import make_edit
 from reftune.engine.batching import GenerateBatch, InitContinuousBatching
+from reftune.engine.blocks import device_of
 from reftune.engine.forwards import accepts_any_keyword
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.planning import Planner
@@ -181,13 +182,13 @@ class Engine:
             if hasattr(block, CHILD):
                 raise ReftuneError(f"{path or 'the model'} already has a child called {CHILD!r} that is not an edit's.")
             self.interventions[path] = self.make_intervention(block)
-        parameter = next((p for n, p in block.named_parameters() if not n.startswith(f"{CHILD}.")), None)
+        device = device_of(block)
         for module in (edit, pair):
             if module is None:
                 continue
             module.train(self.model.training)
-            if parameter is not None and not any(p.is_meta for p in module.parameters()):
-                module.to(device=parameter.device)
+            if device is not None and not any(p.is_meta for p in module.parameters()):
+                module.to(device=device)
         block.add_module(CHILD, self.interventions[path])
         self.interventions[path].add(name, placement, edit, pair)
 
