@@ -1,14 +1,16 @@
 """The trainer: same losses as the plain one, adapters in checkpoints, gradients where they are wanted."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
 
+from reftune import ReftConfig
 from reftune.engine.transformers_names import checkpointing_arguments, checkpoints_activations
 from reftune.training.prompt_ends import with_prompt_ends
 from tests.tiny_models import TINY
@@ -99,6 +101,73 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{5 * best}")
     assert run.evaluate()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-6)
     assert run.report()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-6)
+
+
+def _lora_beside(where: str) -> Any:
+    """A ReFT adapter beside a LoRA one, under two names."""
+    lora = lora_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = ReftConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM")
+        return get_peft_model(lora.get_base_model(), config, adapter_name=where)
+
+
+def _by_transformers() -> Any:
+    model: Any = TINY["llama"]()
+    model.requires_grad_(False)
+    model.add_adapter(ReftConfig(r=2, layers_to_transform=[1]), adapter_name="edit")
+    return model
+
+
+def _named() -> Any:
+    config = ReftConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    return get_peft_model(TINY["llama"](), config, adapter_name="edit")
+
+
+class Worsen(TrainerCallback):
+    """Spoils what trains after the second step, so that the best checkpoint is the first."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step >= 2:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(3.0)
+
+
+@pytest.mark.parametrize("make", [_named, lambda: _lora_beside("edit"), _by_transformers])
+def test_the_best_checkpoint_is_loaded_whatever_the_adapters_are_called(tmp_path: Path, make: Any) -> None:
+    run = trainer(
+        tmp_path,
+        make(),
+        callbacks=[Worsen()],
+        num_train_epochs=1,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    evaluated = losses(run, "eval_loss")
+    assert run.state.best_global_step == 2 and evaluated[1] > 1.05 * evaluated[0]
+    assert run.report()["eval_loss"] == evaluated[0]
+    assert run.evaluate()["eval_loss"] == pytest.approx(evaluated[0], rel=1e-6)
+
+
+def test_the_report_of_a_broken_off_run_is_of_the_model_as_it_is(tmp_path: Path) -> None:
+    class BreakOff(Worsen):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise RuntimeError("stop")
+
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    run = trainer(tmp_path, callbacks=[BreakOff()], load_best_model_at_end=True, **steps)
+    with pytest.raises(RuntimeError, match="stop"):
+        run.train()
+    evaluated = losses(run, "eval_loss")
+    assert len(evaluated) == 2 and evaluated[1] > evaluated[0]
+    assert run.report()["eval_loss"] == evaluated[1]
 
 
 def test_metrics_get_the_logits_of_every_position(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -97,6 +98,7 @@ class ReftTrainer(Trainer):
         self._unfinished: str | None = None
         self._resumed_from: str | None = None
         self._saved_step: int | None = None
+        self._loaded_step: int | None = None  # whose checkpoint's weights the model has, since training ended
         self._diverged: Tensor | None = None  # whether a loss was not finite since the last look
         self._loss_before = (0.0, 0)  # summed training loss and steps of the runs that this one resumes
         super().__init__(
@@ -232,7 +234,7 @@ class ReftTrainer(Trainer):
         elif resume_from_checkpoint:
             require_complete(resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint or None
-        self._saved_step = None
+        self._saved_step = self._loaded_step = None
         self._initial_global_step = self.state.global_step  # until the loop sets it: nothing was trained yet
         self._plain_reasons.clear()
         try:
@@ -360,6 +362,21 @@ class ReftTrainer(Trainer):
             self._wait_for_all()
         self._saved_step = self.state.global_step
 
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint, whatever its adapters are called (Trainer looks for one named default)."""
+        best, names = self.state.best_model_checkpoint, list(getattr(self.model, "peft_config", ()))
+        is_here = best is not None and os.path.isdir(best)
+        if not is_here or not names or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif isinstance(self.model, PeftModel):
+            for name in names:
+                folder = best if name == "default" else os.path.join(best, name)
+                self.model.load_adapter(folder, name, torch_device=str(self.args.device))
+        else:  # transformers' own add_adapter: the active one was saved
+            weights = load_peft_weights(best, device=str(self.args.device))
+            set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapters()[0])
+        self._loaded_step = self.state.best_global_step if is_here else None
+
     def _run_record(self) -> dict[str, Any]:
         gathered: Any = self.accelerator.gather(self._tr_loss)
         pending = float(gathered.mean().item())
@@ -399,11 +416,11 @@ class ReftTrainer(Trainer):
         """
         history = self.state.log_history
         summary = next((entry["train_loss"] for entry in reversed(history) if "train_loss" in entry), None)
-        evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-        eval_loss = evaluated[-1] if evaluated else None
-        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            at_best = [e["eval_loss"] for e in history if "eval_loss" in e and e["step"] == self.state.best_global_step]
-            eval_loss = at_best[0] if at_best else eval_loss
+        evaluated = [entry for entry in history if "eval_loss" in entry]
+        if self._loaded_step is None:
+            eval_loss = evaluated[-1]["eval_loss"] if evaluated else None
+        else:
+            eval_loss = next((entry["eval_loss"] for entry in evaluated if entry["step"] == self._loaded_step), None)
         return {
             "train_loss": summary if summary is None else self._mean_loss(summary),
             "eval_loss": eval_loss,
