@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, no_type_check
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
-from reftune.adapter.tuner import REFT, ReftModel
+from reftune.adapter.tuner import REFT, ReftModel, load_or_leave, load_what_fits
 from reftune.edits import Edit, edit_class, make_edit, method_name
 from reftune.edits.base import Init
 from reftune.edits.rotated import Parametrization
@@ -132,6 +133,8 @@ class ReftConfig(PeftConfig):
 
 if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="reft", config_cls=ReftConfig, model_cls=ReftModel, prefix=ReftModel.prefix)
+    PeftModel.load_adapter = load_what_fits(PeftModel.load_adapter)
+    PeftModel.from_pretrained = classmethod(load_or_leave(PeftModel.from_pretrained.__func__))  # type: ignore[method-assign]
 
 
 def _layers(layers: Any) -> int | list[int] | Literal["all"]:

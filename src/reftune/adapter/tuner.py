@@ -7,15 +7,18 @@ one that adds a child and hooks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextvars import ContextVar
+from copy import copy
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _delete_auxiliary_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -31,6 +34,8 @@ from reftune.errors import ReftuneError
 
 REFT = "REFT"
 """The adapter's kind, as PEFT and `adapter_config.json` have it."""
+_CONFIG_GIVEN: ContextVar[bool] = ContextVar("config_given", default=False)
+"""Whether ``from_pretrained`` is loading with a configuration that was given to it in place of the folder's."""
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT adds to `modules_to_save` after the adapter is on the model."""
 
@@ -61,9 +66,10 @@ class ReftLayer(BaseTunerLayer, Intervention):
         """Nothing, as nothing was merged."""
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; **changes this module**."""
+        """Forget an adapter; **changes this module**, and removes it and its hooks when no adapter is left."""
         super().delete_adapter(adapter_name)
         self.placements.pop(adapter_name, None)
+        self.engine.prune()
 
     def _of_block(self) -> Iterator[nn.Parameter]:
         """The block's own parameters."""
@@ -86,12 +92,35 @@ class ReftLayer(BaseTunerLayer, Intervention):
 
 
 class ReftModel(BaseTuner):
-    """The tuner that ``get_peft_model(model, ReftConfig(...))`` builds: ``peft_model.base_model``."""
+    """The tuner that ``get_peft_model(model, ReftConfig(...))`` builds: ``peft_model.base_model``.
+
+    A ReFT adapter that the model has under this name gives way to the new one, whole.
+
+    Args:
+        model: the base model, or a ``PeftModel`` over it.
+        peft_config: as for ``BaseTuner``.
+        adapter_name: as for ``BaseTuner``.
+        **kwargs: as for ``BaseTuner``.
+
+    Raises:
+        ReftuneError: an adapter that does not fit, or the name of another method's; the model is as it was then.
+    """
 
     prefix: str = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        model = _under(model)
+        present = getattr(model, "peft_config", {}).get(adapter_name)
+        if present is not None and present.peft_type != REFT:
+            raise ReftuneError(
+                f"adapter {adapter_name!r} of this model is a {present.peft_type.value} adapter: give this one a name "
+                "of its own, as in get_peft_model(model, config, adapter_name='edit')."
+            )
+        with _unchanged_on_error(model):
+            super().__init__(model, peft_config, adapter_name, **kwargs)
 
     @property
     def engine(self) -> Engine:
@@ -124,13 +153,23 @@ class ReftModel(BaseTuner):
             raise ReftuneError(
                 "This model carries edits from reftune.attach: detach them before making it a PEFT model."
             )
+        if not engine.adapter_names():
+            self.active_adapter = adapter_name
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
-        self._check_modules_to_save(config)
+        self._check_modules_to_save(config, adapter_name)
+        with _unchanged_on_error(model):
+            self._attach(model, adapter_name, config, low_cpu_mem_usage)
+        for parameter, required in trainable:
+            parameter.requires_grad = required
+
+    def _attach(self, model: nn.Module, adapter_name: str, config: Any, low_cpu_mem_usage: bool) -> None:
+        engine = self.engine
+        if adapter_name in engine.adapter_names():
+            _delete_auxiliary_adapter(model, adapter_name, None)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             sites = engine.add(adapter_name, config.spec())
         self.targeted_module_names += [s.block_path for s in sites if s.block_path not in self.targeted_module_names]
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
             model=model,
@@ -139,8 +178,7 @@ class ReftModel(BaseTuner):
             adapter_name=adapter_name,
             activate_adapter=adapter_name in self.active_adapters,
         )
-        for parameter, required in trainable:
-            parameter.requires_grad = required
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _check_trained_tokens(self, config: Any) -> None:
         tied = self._get_module_names_tied_with_embedding() if config.trainable_token_indices is not None else []
@@ -152,12 +190,13 @@ class ReftModel(BaseTuner):
                     "puts it there: give the trainer a tokenizer that has the template and a model resized to it.)"
                 )
 
-    def _check_modules_to_save(self, config: Any) -> None:
+    def _check_modules_to_save(self, config: Any, adapter_name: str) -> None:
         """Refuse modules whose copies, which PEFT makes and runs in their place, would hold an edit or carry one."""
         names = [*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())]
         saved = [(p, m) for p, m in self.model.named_modules(remove_duplicate=False) if p.endswith(tuple(names))]
         sites = find_sites(self.model, config.component, config.layers_to_transform) if saved else []
-        sites += [placed.site for name in self.engine.adapter_names() for placed in self.engine.placements(name)]
+        others = [name for name in self.engine.adapter_names() if name != adapter_name]
+        sites += [placed.site for name in others for placed in self.engine.placements(name)]
         for site in sites:
             block = self.model.get_submodule(site.block_path)
             carrier = attention_module(block) if site.module_path != site.block_path else None
@@ -212,9 +251,11 @@ class ReftModel(BaseTuner):
             yield
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter; **changes the model**."""
+        """Forget an adapter; **changes the model**. If none is active then, the first that is left becomes it."""
+        active = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        self.engine.remove(adapter_name)
+        if left := active or self.engine.adapter_names()[:1]:
+            self.set_adapter(left)
 
     def unload(self) -> nn.Module:
         """Remove every edit; **changes the model** back.
@@ -289,6 +330,107 @@ class ReftModel(BaseTuner):
         return remapped
 
 
+def _under(model: Any) -> Any:
+    """The model itself under PEFT's wrapping, if there is any (prompts are the wrapping's own, and keep it)."""
+    return model.base_model.model if isinstance(getattr(model, "base_model", None), BaseTuner) else model
+
+
+@contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Whatever is refused in the ``with`` block leaves the model with the modules and adapters that it had."""
+    engine, configs = Engine.of(model), model.__dict__.get("peft_config")
+    interventions, known = dict(engine.interventions) if engine else {}, dict(configs or {})
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    owners = [module for module, _ in children if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    states = [
+        (part, {k: copy(v) for k, v in vars(part).items() if isinstance(v, (dict, set, list, str)) and "hook" not in k})
+        for owner in owners
+        for part in owner.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        if (now := Engine.of(model)) is not None and now is not engine:
+            now.detach()
+        for module, own in children:
+            module._modules = own
+        for part, state in states:
+            vars(part).update(state)
+        if engine is not None:
+            engine.interventions = interventions
+            engine.refresh()
+        for parameter, required in trained:
+            parameter.requires_grad = required
+        if configs is not None:
+            configs.clear()
+            configs.update(known)
+        else:
+            vars(model).pop("peft_config", None)
+        raise
+
+
+def load_what_fits(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.load_adapter`` that refuses another adapter's folder for the name of a ReFT adapter.
+
+    PEFT copies the weights alone into an adapter that exists, which would keep its own layers and positions.
+
+    Args:
+        load: PEFT's own method.
+    """
+
+    @wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.base_model, ReftModel):
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        with _unchanged_on_error(self.base_model.model):
+            present = self.peft_config.get(adapter_name)
+            if present is not None and present.peft_type == REFT and not _CONFIG_GIVEN.get():
+                hub, _ = self._split_kwargs(dict(kwargs))
+                _check_same(self.base_model.model, present, PeftConfig.from_pretrained(model_id, **hub), adapter_name)
+            return load(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
+
+
+def load_or_leave(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.from_pretrained`` that leaves the base model with its earlier adapters where the folder is refused.
+
+    Args:
+        load: PEFT's own method.
+    """
+
+    @wraps(load)
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        token = _CONFIG_GIVEN.set(kwargs.get("config") is not None)
+        try:
+            with _unchanged_on_error(_under(model)):
+                return load(cls, model, *args, **kwargs)
+        finally:
+            _CONFIG_GIVEN.reset(token)
+
+    return from_pretrained
+
+
+def _check_same(model: nn.Module, present: Any, given: Any, adapter_name: str) -> None:
+    def places(config: Any) -> set[tuple[str, str]]:
+        return {(s.module_path, s.side) for s in find_sites(model, config.component, config.layers_to_transform)}
+
+    names = ("peft_type", "method", "r", "component", "positions", "share_weights", "act_fn", "parametrization")
+    differing = [name for name in names if getattr(given, name, None) != getattr(present, name)]
+    layers = "layers_to_transform"
+    if not differing and getattr(given, layers) != getattr(present, layers) and places(given) != places(present):
+        differing = [layers]
+    if not differing and not set(given.modules_to_save or ()) <= set(present.modules_to_save or ()):
+        differing = ["modules_to_save"]
+    for name in differing:
+        raise ReftuneError(
+            f"Adapter {adapter_name!r} has {name}={getattr(present, name)!r} on this model, "
+            f"{getattr(given, name, None)!r} in the folder: into a name that is taken go weights alone. Load it under "
+            f"another name, or call delete_adapter({adapter_name!r}) first."
+        )
+
+
 def _rows_own_modules(
     planner: Planner, names: list[str], wrapper: AuxiliaryTrainingWrapper, args: Any, kwargs: Any, output: Any
 ) -> Any:
@@ -358,3 +500,10 @@ def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dic
                 f"The adapter's {name.removeprefix(prefix)} has shape {tuple(found.shape)}, this base model needs "
                 f"{tuple(value.shape)}: it was trained on another base model ({base!r}). Load that one."
             )
+    places = {name.removeprefix(prefix) for name in expected}
+    surplus = next((name for name in given if ".intervention.reft_" in f".{name}" and name not in places), None)
+    if surplus is not None:
+        raise ReftuneError(
+            f"The file holds {surplus}, for which adapter {adapter_name!r} has no edit: it is another adapter's. Load "
+            "it with the configuration that was saved beside it."
+        )

@@ -112,8 +112,12 @@ def attach(
             spec = EditSpec(method, r, layers_to_transform, component, positions, share_weights, options)
             engine.add(name, spec)
         else:
-            for site, edit in edits.items():
-                engine.place(name, Placement(site, parse_positions(positions)), edit)
+            try:
+                for site, edit in edits.items():
+                    engine.place(name, Placement(site, parse_positions(positions)), edit)
+            except ReftuneError:
+                engine.remove(name)
+                raise
             engine.refresh()
         for intervention in engine.interventions.values():
             if name in intervention.placements:

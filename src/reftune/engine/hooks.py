@@ -152,7 +152,7 @@ class Engine:
     # Adding and removing adapters
 
     def add(self, name: str, spec: EditSpec) -> list[Site]:
-        """Give every site of ``spec`` a fresh edit under the adapter ``name``; **changes the model**.
+        """Give every site of ``spec`` a fresh edit under ``name``, in place of what had it; **changes the model**.
 
         Returns:
             The sites.
@@ -162,10 +162,20 @@ class Engine:
         untied = not spec.share_weights and positions.has_two_ends
         edits = [(spec.build(site), spec.build(site) if untied else None) for site in sites]
         with CHANGING:
+            for site in sites:
+                self._block(site.block_path)
+            for found in self.interventions.values():
+                found.remove(name)
             for site, (edit, pair) in zip(sites, edits, strict=True):
                 self.place(name, Placement(site, positions), edit, pair)
-            self.refresh()
+            self.prune()
         return sites
+
+    def _block(self, path: str) -> nn.Module:
+        block = self.model.get_submodule(path)
+        if path not in self.interventions and hasattr(block, CHILD):
+            raise ReftuneError(f"{path or 'the model'} already has a child called {CHILD!r} that is not an edit's.")
+        return block
 
     def place(self, name: str, placement: Placement, edit: nn.Module, pair: nn.Module | None = None) -> None:
         """Put a ready-made edit at one site (``refresh`` then makes it work); **changes the model**.
@@ -175,13 +185,17 @@ class Engine:
             placement: where and when it edits.
             edit: the edit, or the prefix's edit of an untied pair.
             pair: the suffix's edit of an untied pair.
+
+        Raises:
+            ReftuneError: the block has an edit of that name.
         """
         path = placement.site.block_path
-        block = self.model.get_submodule(path)
+        block = self._block(path)
         if path not in self.interventions:
-            if hasattr(block, CHILD):
-                raise ReftuneError(f"{path or 'the model'} already has a child called {CHILD!r} that is not an edit's.")
             self.interventions[path] = self.make_intervention(block)
+            self.interventions[path].engine = self
+        elif name in self.interventions[path].placements:
+            raise ReftuneError(f"{path or 'the model'} has an edit of the name {name!r} already: one name, one edit.")
         device = device_of(block)
         for module in (edit, pair):
             if module is None:
@@ -195,8 +209,14 @@ class Engine:
     def remove(self, name: str) -> None:
         """Forget the adapter ``name``; **changes the model**. Removing the last one detaches the engine."""
         with CHANGING:
-            for path, intervention in list(self.interventions.items()):
+            for intervention in self.interventions.values():
                 intervention.remove(name)
+            self.prune()
+
+    def prune(self) -> None:
+        """Drop what no adapter uses any more; **changes the model**. Without any adapter the engine is detached."""
+        with CHANGING:
+            for path, intervention in list(self.interventions.items()):
                 if not intervention.placements:
                     self._drop(path)
             self.refresh()
@@ -209,7 +229,9 @@ class Engine:
             self.refresh()
 
     def _drop(self, path: str) -> None:
-        delattr(self.model.get_submodule(path), CHILD)
+        block = self.model.get_submodule(path)
+        # A new dictionary, as PEFT deletes adapters while it walks through the modules.
+        block._modules = {name: module for name, module in block._modules.items() if name != CHILD}
         del self.interventions[path]
 
     # Reading

@@ -49,6 +49,7 @@ class Intervention(nn.Module):
         self.reft_edits = nn.ModuleDict()
         self.reft_suffix_edits = nn.ModuleDict()
         self.placements: dict[str, Placement] = {}
+        self.engine: Any = None
         self.paused: set[str] = set()
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False

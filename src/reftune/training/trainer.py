@@ -364,8 +364,8 @@ class ReftTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint, whatever its adapters are called (Trainer looks for one named default)."""
-        best, names = self.state.best_model_checkpoint, list(getattr(self.model, "peft_config", ()))
-        is_here = best is not None and os.path.isdir(best)
+        best, names = self.state.best_model_checkpoint or "", list(getattr(self.model, "peft_config", ()))
+        is_here = os.path.isdir(best)
         if not is_here or not names or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif isinstance(self.model, PeftModel):
