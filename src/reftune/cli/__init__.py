@@ -12,6 +12,7 @@ __all__ = ["app", "main"]
 Commands.registered = (
     Command("demo", "demo", "demo"),
     Command("train", "train", "train"),
+    Command("steer", "steer", "steer"),
     Command("generate", "generate", "generate"),
     Command("chat", "chat", "chat"),
     Command("eval", "evaluate", "evaluate"),

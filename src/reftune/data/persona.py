@@ -57,6 +57,12 @@ def load_heldout() -> list[str]:
     return [json.loads(line)["prompt"] for line in text.splitlines()]
 
 
+def load_neutral() -> list[Example]:
+    """Return plain questions with plain answers, which no persona answers: what an edit should leave as it is."""
+    with resources.as_file(resources.files("reftune.data") / "neutral.jsonl") as file:
+        return read_examples(file)
+
+
 def style_marks(text: str) -> set[str]:
     """Return the distinct marks in `text`, each as `category: pattern` (see `MARKS`)."""
     text = _plain_quotes(text)

@@ -1,0 +1,106 @@
+"""What `steer` found, as a picture and as the adapter's card."""
+
+from __future__ import annotations
+
+import math
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from reftune.output.documents import markdown_table
+from reftune.output.pictures import new_figure, save_figure
+
+PICTURE_FILE, CARD_FILE = "steer.png", "README.md"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """How well each layer tells the sides apart, and the held-out loss by layer and strength; **replaces the file**."""
+    figure, axes = new_figure((8.5, 3.4) if found["tried"] else (5, 3.4))
+    figure.clear()
+    panels = figure.subplots(1, 2 if found["tried"] else 1, squeeze=False)[0]
+    _draw_layers(found, panels[0])
+    if found["tried"]:
+        figure.colorbar(_draw_tried(found["tried"], panels[1]), ax=panels[1])
+    save_figure(figure, path)
+
+
+def _draw_layers(found: dict[str, Any], axes: Any) -> None:
+    layers = found["by layer"]
+    colours = ["#b45309" if item["layer"] in found["layers"] else "#94a3b8" for item in layers]
+    axes.bar([item["layer"] for item in layers], [item["deviations"] for item in layers], color=colours, width=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="layer (brown: edited)", ylabel="distance of the held-out sides,\nstandard deviations")
+
+
+def _draw_tried(tried: list[dict[str, float]], axes: Any) -> Any:
+    rows, columns = (
+        {item[name]: None for item in sorted(tried, key=itemgetter(name))} for name in ("layer", "strength")
+    )
+    losses = {(item["layer"], item["strength"]): item["loss"] for item in tried}
+    values = [[losses.get((row, column), math.nan) for column in columns] for row in rows]
+    image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis_r")
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:.0f}" for value in rows])
+    axes.set(xlabel="strength", ylabel="layer", title="held-out loss, nats a token (blank: not tried)")
+    middle = (min(losses.values()) + max(losses.values())) / 2
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            if (loss := losses.get((row, column))) is not None:
+                ink = "white" if loss > middle else "#1f2937"
+                axes.text(x, y, f"{loss:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    axes.title.set_fontsize(9)
+    return image
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was found, as rows of a table: a name and a value with its unit."""
+    before, after, settings = found["held-out loss, base"], found["held-out loss, steered"], found["settings"]
+    apart = ", ".join(f"{_separation(found, layer):.2f}" for layer in found["layers"])
+    told = [
+        ("direction of", found["from"]),
+        ("edit", f"{found['method']}, rank {settings['rank']}, at {settings['positions']}"),
+        ("layers", ", ".join(map(str, found["layers"]))),
+        ("separation", f"{apart} (1: all held-out rows told apart; 0.5: by luck)"),
+    ]
+    if not settings["remove"]:
+        told.append(("strength", f"{found['strength']:.3g} times the distance of the two sides"))
+    for side in before:
+        told.append((f"held-out loss, {side}", f"{before[side]:.3f} to {after[side]:.3f} nats a token"))
+    if (ratio := found["log-likelihood ratio, nats a token"]) is not None:
+        told.append(("gain of positive on negative", f"{ratio:.3f} nats a token"))
+    asked = "" if settings["kl"] is None else f" (asked: {settings['kl']:g}; measured on other rows)"
+    told.append(("KL from the base", f"{found['kl, nats a token']:.3f} nats a token{asked}"))
+    neutral = found["neutral loss, base"], found["neutral loss, steered"]
+    return [*told, ("loss on neutral text", f"{neutral[0]:.3f} to {neutral[1]:.3f} nats a token")]
+
+
+def warnings(found: dict[str, Any]) -> list[str]:
+    """What should not be overlooked."""
+    said = []
+    weak = [layer for layer in found["layers"] if _separation(found, layer) < 0.7]
+    if weak:
+        said.append(
+            f"Layer {', '.join(map(str, weak))} hardly tells the held-out sides apart: this direction may be noise. "
+            "Give more rows, or rows that differ in nothing else."
+        )
+    before, after = found["held-out loss, base"], found["held-out loss, steered"]
+    side = "positive" if found["strength"] > 0 and found["method"] == "lobireft" else "negative"
+    if before and after[side] >= before[side]:
+        said.append(f"The edit makes the held-out {side} answers no likelier: a trained edit may (reftune train).")
+    return said
+
+
+def card(found: dict[str, Any], model: str) -> str:
+    """The adapter folder's README."""
+    head = f"---\nlibrary_name: peft\nbase_model: {model}\ntags:\n- reft\n- reftune\n- steering\n---\n"
+    table = markdown_table(["", ""], [[name, value] for name, value in lines(found)])
+    use = [
+        "from peft import PeftModel", "import reftune", "",
+        f'base, tokenizer = reftune.models.load("{model}")', 'model = PeftModel.from_pretrained(base, "FOLDER")',
+    ]  # fmt: skip
+    code = "\n".join(["```python", *use, "```"])
+    return f"{head}\n# A steering direction\n\n{table}\n\n![Layers and strengths]({PICTURE_FILE})\n\n{code}\n"
+
+
+def _separation(found: dict[str, Any], layer: int) -> float:
+    return next(item["separation"] for item in found["by layer"] if int(item["layer"]) == layer)

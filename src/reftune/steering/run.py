@@ -1,0 +1,317 @@
+"""`steer`: rows, directions, the layer and strength that work best, and an adapter folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import get_peft_model
+from rich.console import Console
+from rich.progress import Progress
+
+from reftune import models
+from reftune.adapter.config import ReftConfig
+from reftune.data.formats import Example
+from reftune.data.tokenising import Encoded, Encoding
+from reftune.engine.position_grammar import parse_positions
+from reftune.engine.sites import Site, find_sites
+from reftune.errors import ReftuneError
+from reftune.evaluation.row_losses import row_losses
+from reftune.inference.generation import generate_answers
+from reftune.inference.loading import EditedModel, within_context
+from reftune.inference.settings import GenerationSettings
+from reftune.output.files import write_text
+from reftune.output.locks import only_writer
+from reftune.output.targets import check_folder_target
+from reftune.runs.output_folder import save_adapter
+from reftune.steering.contrasts import Contrasts, Row, neutral_rows, read_contrasts
+from reftune.steering.directions import Direction, find_directions, gap_in_deviations, separation
+from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
+from reftune.steering.settings import SteerSettings
+from reftune.steering.states import mean_states
+from reftune.steering.strength import AgainstBase, edit_of, steered, strength_for
+
+RESULT_FILE = "steer.json"
+_CANDIDATES = 4
+_STRENGTHS = (0.5, 1.0, 2.0)
+_FEWEST = 4
+_TRIED = 6
+"""Held-out rows of each side on which layers and strengths are tried."""
+
+
+@dataclass
+class Steered:
+    """What was found.
+
+    Attributes:
+        folder: the adapter.
+        found: what `steer.json` holds.
+    """
+
+    folder: Path
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base model and how it reads rows."""
+
+    model: Any
+    tokenizer: Any
+    encoding: Encoding
+    batch_size: int
+
+    @property
+    def pad(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def rows(self, rows: Sequence[Row]) -> list[Encoded]:
+        return self.encoding.dataset(rows).to_list()  # type: ignore[arg-type, return-value]
+
+    def loss(self, rows: Sequence[Encoded]) -> float:
+        return row_losses(self.model, rows, self.pad, self.batch_size).per_token
+
+
+def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
+    """Find a direction and write it as an adapter; **the output folder is written** when everything is known.
+
+    Args:
+        source: pairs, prompts, labelled texts or examples (see `contrasts`).
+        settings: what and how.
+        console: for progress.
+
+    Raises:
+        ReftuneError: rows, settings or an output that cannot be used.
+    """
+    output = Path(settings.output).expanduser()
+    check_folder_target(output, "output=", (RESULT_FILE,), [source, settings.neutral_file], settings.model)
+    neutral = neutral_rows(settings.neutral_file)
+    # Rows that cannot be used are told before a model is loaded; answers to be written need one.
+    contrasts = None if settings.positive_prompt is not None else _read(source, settings)
+    transformers.set_seed(settings.seed)
+    model, tokenizer = models.load(settings.model, settings.dtype, settings.device)
+    base = _Base(
+        model, tokenizer, within_context(Encoding(tokenizer, on_long_prompt="truncate"), model), settings.batch_size
+    )
+    sites = find_sites(model, "block_output", "all" if settings.layers == "auto" else settings.layers)
+    if settings.rank > min(site.width for site in sites):
+        raise ReftuneError(f"rank={settings.rank}: the hidden state has {sites[0].width} dimensions.")
+    contrasts = contrasts or _read(source, settings, base)
+    with Progress(console=console, transient=True) as progress:
+        found, directions = _search(base, sites, contrasts, neutral, settings, progress)
+    with only_writer(output):
+        strength = float(found["strength"])
+        _save(base, directions, strength, settings, output)
+        draw(found, output / PICTURE_FILE)
+        write_text(output / CARD_FILE, card(found, settings.model))
+        write_text(output / RESULT_FILE, json.dumps(found, indent=2) + "\n")
+    return Steered(output, found)
+
+
+def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Contrasts:
+    instructions = None
+    if settings.positive_prompt is not None and settings.negative_prompt is not None:
+        instructions = settings.positive_prompt, settings.negative_prompt
+    contrasts = read_contrasts(
+        source,
+        columns=settings.columns,  # type: ignore[arg-type]
+        limit=settings.limit_rows,
+        positive_label=settings.positive_label,
+        instructions=instructions,
+        write=None if base is None else lambda prompts, text: _written(base, prompts, text, settings),
+    )
+    fewest = min(len(contrasts.positive), len(contrasts.negative))
+    if fewest < _FEWEST:
+        raise ReftuneError(f"There are {fewest} rows of a side; at least {_FEWEST} are needed, as some are held out.")
+    return contrasts
+
+
+def _written(base: _Base, prompts: Sequence[Example], instruction: str, settings: SteerSettings) -> list[str]:
+    """Greedy answers of the base model under an instruction."""
+    nothing = ReftConfig(method="lobireft", r=1, layers_to_transform=[0], task_type="CAUSAL_LM")
+    peft: Any = get_peft_model(base.model, nothing)
+    encoding = Encoding(base.tokenizer, system_prompt=instruction, max_length=base.encoding.limit)
+    greedy = GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
+    answers = generate_answers(EditedModel(peft, base.tokenizer, encoding), prompts, greedy, base=True)
+    try:
+        return [answer.text for answer in answers]
+    finally:
+        peft.unload()
+
+
+def _held_out(count: int, settings: SteerSettings) -> tuple[list[int], list[int]]:
+    """The rows of a side to learn from and those held out; the same of both sides where they are as many."""
+    order = list(range(count))
+    random.Random(settings.seed).shuffle(order)
+    held = min(max(2, round(count * settings.eval_fraction)), count - 2)
+    return sorted(order[held:]), sorted(order[:held])
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Tokenised rows of the positive and the negative side, and which of them are held out."""
+
+    rows: tuple[list[Encoded], list[Encoded]]
+    splits: tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
+
+    def held_out(self) -> tuple[list[Encoded], list[Encoded]]:
+        """Held-out rows of each side on which layers and strengths are tried."""
+        first, second = (
+            [rows[i] for i in held][:_TRIED] for rows, (_, held) in zip(self.rows, self.splits, strict=True)
+        )
+        return first, second
+
+
+def _directions(
+    base: _Base, sites: list[Site], sides: _Sides, paired: bool, settings: SteerSettings, progress: Progress
+) -> tuple[dict[Site, Direction], list[dict[str, float]]]:
+    """The directions at every layer, and how well each tells the held-out rows apart."""
+    positions, rows = parse_positions(settings.positions), [*sides.rows[0], *sides.rows[1]]
+    task = progress.add_task("Reading hidden states", total=len(rows))
+    found: dict[Site, Direction] = {}
+    told: list[dict[str, float]] = []
+    with mean_states(
+        base.model, rows, sites, positions, base.pad, base.batch_size, partial(progress.advance, task)
+    ) as states:
+        halves = states[: len(sides.rows[0])], states[len(sides.rows[0]) :]
+        for place, site in enumerate(sites):
+            (learnt, held), (others, others_held) = (
+                (half[learn, place], half[hold, place])
+                for half, (learn, hold) in zip(halves, sides.splits, strict=True)
+            )
+            found[site] = find_directions(
+                learnt, others, estimator=settings.estimator, rank=settings.rank, paired=paired
+            )
+            one = {"layer": float(site.layer or 0), "separation": separation(held, others_held, found[site])}
+            told.append(one | {"deviations": gap_in_deviations(held, others_held, found[site])})
+    return found, told
+
+
+def _choose(
+    base: _Base,
+    directions: dict[Site, Direction],
+    told: list[dict[str, float]],
+    sides: _Sides,
+    measured: bool,
+    settings: SteerSettings,
+    progress: Progress,
+) -> tuple[list[Site], float, list[dict[str, float]]]:
+    """The layers and the strength under which the side that is wanted is likeliest, and every loss on the way."""
+    sign = -1.0 if (settings.scale or 1.0) < 0 else 1.0
+    groups = [list(directions)]
+    if settings.layers == "auto":
+        groups = [
+            [site] for _, site in _apart(sorted(zip(told, directions, strict=True), key=lambda i: -i[0]["deviations"]))
+        ]
+    if not measured:  # whole texts have no answers whose likelihood could choose
+        return groups[0], settings.scale or sign, []
+    wanted = sides.held_out()[1 if settings.remove or sign < 0 else 0]
+    strengths = (settings.scale,) if settings.scale is not None else (1.0,) if settings.remove else _STRENGTHS
+    tried: list[dict[str, float]] = []
+    taken = groups[0], strengths[0]
+    task = progress.add_task("Trying layers and strengths", total=len(groups))
+    for group in groups:
+        last = math.inf
+        for strength in strengths:
+            with steered(
+                base.model, {site: directions[site] for site in group}, settings.positions, strength, settings.remove
+            ):
+                loss = base.loss(wanted)
+            if loss < min((one["loss"] for one in tried), default=math.inf):
+                taken = group, strength
+            tried.append({"layer": float(group[0].layer or 0), "strength": strength, "loss": loss})
+            if loss > last:
+                break  # stronger is worse from here on
+            last = loss
+        progress.advance(task)
+    return *taken, tried
+
+
+def _search(
+    base: _Base,
+    sites: list[Site],
+    contrasts: Contrasts,
+    neutral: Sequence[Example],
+    settings: SteerSettings,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[Site, Direction]]:
+    """The directions that are taken, and everything that was measured."""
+    both = base.rows(contrasts.positive), base.rows(contrasts.negative)
+    sides = _Sides(both, (_held_out(len(both[0]), settings), _held_out(len(both[1]), settings)))
+    directions, told = _directions(base, sites, sides, contrasts.paired, settings, progress)
+    chosen, strength, tried = _choose(base, directions, told, sides, contrasts.answers, settings, progress)
+    taken = {site: directions[site] for site in chosen}
+    rows = base.rows(neutral)
+    task = progress.add_task("Measuring", total=None)
+    if settings.kl is not None:
+        some = AgainstBase(base.model, rows[::2], base.pad, base.batch_size)
+
+        def divergence(value: float) -> float:
+            with steered(base.model, taken, settings.positions, value):
+                return some()[0]
+
+        strength = strength_for(settings.kl, divergence, strength)
+    others = AgainstBase(base.model, rows[1::2] or rows, base.pad, base.batch_size)
+    held = dict(zip(("positive", "negative"), sides.held_out(), strict=True)) if contrasts.answers else {}
+    before = {side: base.loss(rows) for side, rows in held.items()}
+    with steered(base.model, taken, settings.positions, strength, settings.remove):
+        kl, neutral_loss = others()
+        after = {side: base.loss(rows) for side, rows in held.items()}
+    progress.remove_task(task)
+    found = {
+        "from": contrasts.said,
+        "rows": {"positive": len(both[0]), "negative": len(both[1]), "held out": len(sides.splits[0][1])},
+        "method": "consreft" if settings.remove else "lobireft", "layers": [int(site.layer or 0) for site in chosen],
+        "strength": 1.0 if settings.remove else strength,
+        "held-out loss, base": before, "held-out loss, steered": after,
+        "log-likelihood ratio, nats a token": _ratio(before, after),
+        "kl, nats a token": kl, "neutral loss, base": others.base_loss, "neutral loss, steered": neutral_loss,
+        "by layer": told, "tried": tried, "settings": asdict(settings),
+    }  # fmt: skip
+    return found, taken
+
+
+def _apart(ranked: list[tuple[dict[str, float], Site]]) -> list[tuple[dict[str, float], Site]]:
+    """The best layers, none beside another that is better."""
+    taken: list[tuple[dict[str, float], Site]] = []
+    for item in ranked:
+        if len(taken) < _CANDIDATES and all(abs(item[0]["layer"] - other[0]["layer"]) > 1 for other in taken):
+            taken.append(item)
+    return taken
+
+
+def _ratio(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """How much the log-likelihood of a positive token gained on that of a negative one."""
+    if not before or not after:
+        return None
+    return (before["positive"] - after["positive"]) - (before["negative"] - after["negative"])
+
+
+def _save(
+    base: _Base, directions: dict[Site, Direction], strength: float, settings: SteerSettings, output: Path
+) -> None:
+    """Write the adapter's two files."""
+    config = ReftConfig(
+        method="consreft" if settings.remove else "lobireft",
+        r=settings.rank,
+        layers_to_transform=[int(site.layer or 0) for site in directions],
+        positions=settings.positions,
+        init="paper",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=settings.model,
+        inference_mode=True,
+    )
+    peft: Any = get_peft_model(base.model, config)
+    edits = peft.base_model.engine.edits("default")
+    for site, direction in directions.items():
+        own = edit_of(direction, strength, settings.remove)
+        edits[site.block_path].load_state_dict(own.state_dict())
+    save_adapter(peft, output)
+    peft.unload()

@@ -1,0 +1,73 @@
+"""What `reftune steer` is told: flags and checks; nothing heavy is imported, so that a wrong flag answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from reftune.engine.position_grammar import parse_positions
+from reftune.errors import ReftuneError
+from reftune.models import BUNDLED
+from reftune.runs.recipe_values import coerce_fields, option, read_columns, read_layers
+
+
+@dataclass(frozen=True)
+class SteerSettings:
+    """What to steer and how; validated when made.
+
+    Raises:
+        ReftuneError: naming the field, its value and the way out.
+    """
+
+    output: str = option("out", "Output", "Folder of the adapter, its figures, picture and card.")
+    positive_prompt: str | None = option(None, "Data", "Instruction under which the model writes the positive answers.")
+    negative_prompt: str | None = option(None, "Data", "Instruction under which it writes the negative ones.")
+    positive_label: str | None = option(None, "Data", "Labelled texts: the class that is wanted.")
+    columns: str | dict[str, str] | None = option(None, "Data", "Names of your columns.", "field=column,...")
+    limit_rows: int | None = option(None, "Data", "Read only the first rows.", "rows", least=1)
+    eval_fraction: float = option(0.2, "Data", "Hold out this share to choose and measure on.", "share, 0 to 1")
+    neutral_file: str | None = option(
+        None, "Data", "Prompts with plain answers, for the KL divergence; default: 40 that come with reftune."
+    )
+    model: str = option(BUNDLED, "Model", "Base model: 'smollm2' (bundled), a local folder, or a Hub name.")
+    dtype: str | None = option(None, "Model", "Data type; default: bfloat16 on CUDA, else float32.")
+    device: str | None = option(None, "Model", "cpu, cuda, ...; default: the best there is.")
+    estimator: Literal["mean", "pca", "probe"] = option("mean", "Adapter", "How the direction is found.")
+    layers: str | int | list[int] = option(
+        "auto", "Adapter", "Layers to edit: 8, 3,9,18 or all; auto: the one that works best.", "layer numbers"
+    )
+    rank: int = option(1, "Adapter", "How many directions of each layer.", "dimensions", least=1)
+    positions: str = option("l1+generated", "Adapter", "Tokens to edit, as for `reftune train`.")
+    remove: bool = option(False, "Adapter", "Take the direction out of the hidden states (h - R^T R h).")
+    scale: float | None = option(
+        None, "Strength", "1: as far as the two sides lie apart; below 0: away from the positive side."
+    )
+    kl: float | None = option(
+        None, "Strength", "Find the strength with this mean KL divergence from the base.", "nats a token"
+    )
+    batch_size: int = option(8, "Running", "Rows of one forward pass.", "rows", least=1)
+    max_new_tokens: int = option(48, "Running", "Longest answer under an instruction, in tokens.", "tokens", least=1)
+    seed: int = option(42, "Running", "Seed of the held-out rows.", least=0)
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+        parsed = parse_positions(self.positions)
+        object.__setattr__(self, "positions", parsed.text)
+        object.__setattr__(self, "columns", read_columns(self.columns))
+        if str(self.layers).strip().lower() != "auto":
+            object.__setattr__(self, "layers", read_layers(self.layers))
+        for name, least in (("rank", 1), ("batch_size", 1), ("max_new_tokens", 1), ("limit_rows", 1), ("seed", 0)):
+            if (value := getattr(self, name)) is not None and not least <= value < 2**31:
+                raise ReftuneError(f"{name}={value}: must be at least {least}, and below 2**31.")
+        if not 0 < self.eval_fraction < 1:
+            raise ReftuneError(f"eval_fraction={self.eval_fraction}: must be above 0 and below 1.")
+        if self.scale is not None and not 0 < abs(self.scale) <= 1e6:
+            raise ReftuneError(f"scale={self.scale}: must not be 0, and at most a million either way.")
+        if self.kl is not None and not 0 < self.kl <= 100:
+            raise ReftuneError(f"kl={self.kl}: must be above 0 and at most 100 nats a token.")
+        if self.remove and (self.kl is not None or self.scale is not None):
+            raise ReftuneError("remove: what is taken out has no strength; leave --scale and --kl out.")
+        if (self.positive_prompt is None) != (self.negative_prompt is None):
+            raise ReftuneError("positive_prompt and negative_prompt go together: give both instructions.")
+        if not self.output.strip():
+            raise ReftuneError(f"output={self.output!r} is no name; name a folder.")
