@@ -46,6 +46,7 @@ NOT_RUN = {
     "docs/how-to/compare.md": ["reftune compare"],
     "docs/how-to/eval.md": ["reftune eval out --task arc_easy"],
     "docs/how-to/demo.md": ["reftune demo"],
+    "docs/how-to/steer.md": ["edit ", "reftune steer pairs.csv --output pirate --positions", "reftune train"],
     "docs/how-to/gpu.md": [
         "reftune train --train-file rows.csv --model smollm2 --device cuda",
         "reftune train --train-file rows.csv --model Qwen/",
@@ -66,6 +67,7 @@ NOT_RUN = {
 """How the blocks begin that are marked `<!-- not run: reason -->`; whoever marks another one lists it here."""
 
 SHORT = {
+    "steer": ["--device", "cpu"],
     "train": ["--epochs", "1", "--no-tensorboard", "--device", "cpu"],
     "generate": ["--max-new-tokens", "3", "--device", "cpu"],
     "chat": ["--max-new-tokens", "3", "--device", "cpu"],

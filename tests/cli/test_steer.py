@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from typer.testing import CliRunner
 
-import reftune  # noqa: F401
+import reftune
+from reftune.cli import app
+from reftune.inference.loading import load_edited
 from tests.cli.test_bad_input import refused
+from tests.cli.tiny_folder import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +60,9 @@ def test_pairs_become_an_adapter_that_adds_one_vector(steer, cli, pairs: Path, t
 def test_the_strength_has_the_divergence_that_was_asked_for_on_the_rows_it_was_found_on(
     steer, tmp_path: Path, pairs
 ) -> None:
-    neutral = tmp_path / "neutral.jsonl"  # the same rows twice: those to measure on are those to calibrate on
+    neutral = tmp_path / "neutral.jsonl"  # each row twice: those to measure on are those to calibrate on
     one = [{"prompt": f"what {n}", "completion": f"plain {n}"} for n in range(4)]
-    neutral.write_text("".join(json.dumps(row) + "\n" for row in [*one, *one]))
+    neutral.write_text("".join(json.dumps(row) + "\n" for row in one for _ in range(2)))
     assert steer(pairs, "--kl", "1e-4", "--neutral-file", neutral).exit_code == 0
     assert found(tmp_path / "out")["kl, nats a token"] == pytest.approx(1e-4, rel=0.01)
 
@@ -111,3 +115,106 @@ def test_what_cannot_be_steered(steer, cli, pairs: Path, rows: Path, tmp_path: P
     (tmp_path / "out" / "diary.txt").write_text("mine")
     refused(steer(pairs), "diary.txt")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["diary.txt"]
+
+
+@pytest.fixture(scope="module")
+def direction(tmp_path_factory: pytest.TempPathFactory, tiny: Path, pairs: Path) -> Path:
+    """A direction at layer 1, as strong as the sides lie apart."""
+    out = tmp_path_factory.mktemp("steered") / "out"
+    flags = ["--model", str(tiny), "--device", "cpu", "--layers", "1", "--scale", "1", "--output", str(out)]
+    result = CliRunner().invoke(app, ["steer", str(pairs), *flags])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize("method", ["loreft", "direft"])
+def test_training_starts_in_the_direction(
+    cli, direction: Path, tiny: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    flags = [
+        "--train-file",
+        rows,
+        "--model",
+        tiny,
+        "--positions",
+        "l1+generated",
+        "--device",
+        "cpu",
+        "--no-tensorboard",
+    ]
+    flags += ["--method", method, "--layers", "0,1", "--lr", "1e-12", "--epochs", "1", "--output", tmp_path / "out"]
+    assert cli("train", *flags, "--init-from", direction).exit_code == 0
+    started, steered, h = edits_of(tiny, tmp_path / "out"), edits_of(tiny, direction), torch.randn(4, 16)
+    assert torch.allclose(started["model.layers.1"](h), steered["model.layers.1"](h), atol=1e-5)
+    assert torch.allclose(started["model.layers.0"](h), h, atol=1e-6)  # not in the direction: the identity, as ever
+
+
+def edits_of(tiny: Path, folder: Path) -> dict[str, Any]:
+    model = PeftModel.from_pretrained(reftune.models.load(str(tiny), device="cpu")[0], str(folder))
+    return model.base_model.engine.edits("default")  # type: ignore[union-attr, operator]
+
+
+def test_what_training_cannot_start_from(
+    cli, trained: Path, direction: Path, tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    def train(*flags: Any) -> Any:
+        fixed = [
+            "--train-file",
+            rows,
+            "--model",
+            tiny,
+            "--device",
+            "cpu",
+            "--no-tensorboard",
+            "--output",
+            tmp_path / "out",
+        ]
+        return cli("train", *fixed, *flags)
+
+    refused(train("--init-from", trained), "loreft", "reftune steer")
+    refused(train("--init-from", tmp_path / "none"), "none")
+    refused(train("--init-from", direction, "--layers", "0"), "layers.1")
+    refused(train("--init-from", direction, "--component", "mlp_output"), "mlp_output")
+    refused(train("--init-from", direction, "--method", "noreft"), "NoreftEdit")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_multiplies_the_edit(cli, direction: Path) -> None:
+    def logits(scale: float) -> torch.Tensor:
+        edited = load_edited(direction, device="cpu", scale=scale)
+        with torch.no_grad():
+            return edited.model(input_ids=torch.tensor([[5, 6, 7]]), prompt_lengths=torch.tensor([2])).logits
+
+    edited = load_edited(direction, device="cpu")
+    with torch.no_grad(), edited.model.disable_adapter():
+        plain = edited.model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert torch.equal(logits(0.0), plain) and not torch.allclose(logits(1.0), plain)
+    (edit,) = edited.model.base_model.engine.edits("default").values()  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        edit.bias.mul_(2)
+        doubled = edited.model(input_ids=torch.tensor([[5, 6, 7]]), prompt_lengths=torch.tensor([2])).logits
+    assert torch.allclose(logits(2.0), doubled, atol=1e-6)
+    refused(cli("generate", direction, "--prompt", "a", "--scale", "nan"), "--scale")
+
+
+def test_chat_changes_the_scale(cli, direction: Path) -> None:
+    result = cli("chat", direction, "--device", "cpu", "--max-new-tokens", 2, stdin="/scale 0.5\n/scale much\n/quit\n")
+    assert "multiplied by 0.5" in result.output and "Write a number" in result.output
+
+
+def test_a_control_vector_goes_out_and_comes_in_again(steer, cli, pairs: Path, tiny: Path, tmp_path: Path) -> None:
+    vector = tmp_path / "vector.gguf"
+    assert steer(pairs, "--layers", "1", "--scale", "1.5", "--positions", "all", "--gguf", vector).exit_code == 0
+    h = torch.randn(3, 16)
+    (written,) = edits_of(tiny, tmp_path / "out").values()
+    result = cli(
+        "steer", vector, "--model", tiny, "--device", "cpu", "--positions", "all", "--output", tmp_path / "again"
+    )
+    assert result.exit_code == 0, result.output
+    (read,) = edits_of(tiny, tmp_path / "again").values()
+    assert torch.allclose(written(h), read(h), atol=1e-5)
+    refused(steer(vector, "--layers", "0"), "no vector for layer 0")
+    other = save_tiny_model(tmp_path / "wide", hidden=24)
+    refused(cli("steer", vector, "--model", other, "--output", tmp_path / "wide-out"), "width 16")
+    refused(steer(pairs, "--layers", "0", "--gguf", tmp_path / "zero.gguf"), "layer 0")
+    assert not (tmp_path / "zero.gguf").exists()

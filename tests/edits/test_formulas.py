@@ -208,3 +208,23 @@ def test_the_papers_weights_are_drawn_as_a_linear_layers_are() -> None:
     weight = _built("loreft").state_dict()["weight"]
     bound = nn.Linear(WIDTH, RANK).weight.detach().abs().max().item()
     assert 0.2 < weight.abs().max() <= WIDTH**-0.5 and bound <= WIDTH**-0.5
+
+
+@pytest.mark.parametrize("method", ["loreft", "direft", "nodireft", "lobireft"])
+@pytest.mark.parametrize("parametrization", ["cholesky", "householder"])
+def test_a_start_at_a_vector_adds_it_to_every_state_and_trains_from_there(method: str, parametrization: str) -> None:
+    options = {"parametrization": parametrization} if "loreft" in method or "lobireft" in method else {}
+    edit = make_edit(method, 16, 3, **options)
+    vector, h = 4 * torch.randn(16), torch.randn(5, 16)
+    edit.start_at(vector)  # type: ignore[operator]
+    for training in (False, True):
+        edit.train(training)
+        assert torch.allclose(edit(h), h + vector, atol=1e-5)
+    edit(h).pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in edit.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in edit.parameters())  # type: ignore[union-attr]
+
+
+def test_a_method_that_adds_no_constant_cannot_start_at_a_vector() -> None:
+    with pytest.raises(ReftuneError, match="ConsreftEdit"):
+        make_edit("consreft", 16, 2, init="paper").start_at(torch.ones(16))  # type: ignore[operator]

@@ -13,7 +13,10 @@ from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.output import terminal
 from reftune.runs.recipe_values import given, read_flags
 
-_HELP = "/base switches the edit off and on, /reset forgets the conversation, /quit or Ctrl-D ends it."
+_HELP = (
+    "/base switches the edit off and on, /scale 0.5 makes it weaker or stronger, /reset forgets the conversation, "
+    "/quit or Ctrl-D ends it."
+)
 _DEFAULTS = {"max_new_tokens": 512, "repetition_penalty": 1.1}
 
 
@@ -23,7 +26,7 @@ def chat(
     chat_template_kwargs: ChatTemplateKwargs = None,
     **flags: Any,
 ) -> None:
-    """Talk with an adapter. /base switches the edit off and on, /reset forgets, /quit or Ctrl-D ends."""
+    """Talk with an adapter. /base switches the edit off and on, /scale 0.5 weakens it, /reset forgets, /quit ends."""
     settings = read_flags(GenerationSettings, {**_DEFAULTS, **given(flags)})
     import torch
 
@@ -61,6 +64,8 @@ def chat(
         elif said == "/base":
             talk.uses_edit = not talk.uses_edit
             console.print("The edit is on." if talk.uses_edit else "The edit is off: the base model answers.")
+        elif said.split()[:1] == ["/scale"]:
+            console.print(_scaled(edited.model, said.removeprefix("/scale").strip()), markup=False)
         elif said.startswith("/"):
             console.print(_HELP, markup=False)
         elif said:
@@ -76,6 +81,18 @@ def chat(
             console.print()
             if talk.forgotten > forgotten:
                 console.print(f"(The first {talk.forgotten} turns no longer fit the model's context.)", style="dim")
+
+
+def _scaled(model: Any, written: str) -> str:
+    """Set the edit's scale; what to say of it."""
+    from reftune.errors import ReftuneError
+    from reftune.inference.loading import set_scale
+
+    try:
+        set_scale(model, float(written))
+    except (ValueError, ReftuneError):
+        return "Write a number: /scale 0.5 is half of the edit, 1 all of it, -1 the other way."
+    return f"The edit is multiplied by {float(written):g}."
 
 
 def _is_text(said: str) -> bool:

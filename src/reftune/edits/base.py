@@ -74,6 +74,14 @@ class Edit(nn.Module):
         """**Overwrites every parameter** with its initial value."""
         raise NotImplementedError
 
+    def start_at(self, vector: Float[Tensor, " width"]) -> None:
+        """**Overwrites parameters** so that the edit adds this vector to every h, from where training goes on.
+
+        Raises:
+            ReftuneError: the method cannot add a constant.
+        """
+        raise ReftuneError(f"{type(self).__name__} cannot start from a direction: take loreft, direft or lobireft")
+
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """The two factors of the formula without `h +`, written by a subclass: r numbers, and the r directions of them.
 

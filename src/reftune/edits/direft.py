@@ -36,6 +36,14 @@ class DireftEdit(Edit):
         else:
             init_linear_(self.projection)
 
+    @torch.no_grad()
+    def start_at(self, vector: Float[Tensor, " width"]) -> None:
+        """**Overwrites every parameter**: the first coordinate is the vector's length; the others write nothing."""
+        init_linear_(self.weight, self.bias)
+        self.projection.zero_()
+        self.weight[0], self.bias[0] = 0.0, vector.norm()
+        self.projection[0] = vector / self.activate(self.bias)[0]
+
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """a(Wh + b), along P."""
         W, b, P = self.factors(h.dtype)

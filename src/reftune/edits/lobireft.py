@@ -37,6 +37,12 @@ class LobireftEdit(RotatedEdit):
         else:
             self.bias.uniform_()
 
+    @torch.no_grad()
+    def start_at(self, vector: Float[Tensor, " width"]) -> None:
+        """**Overwrites every parameter**: b writes the vector along R's first row."""
+        self.point_to(vector)
+        self.bias.copy_(self.rotation @ vector.to(self.rotation))
+
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """Along R: b for every row."""
         return self.bias.to(h.dtype).expand(*h.shape[:-1], self.r), self.current_rotation(h.dtype)

@@ -39,6 +39,19 @@ class LoreftEdit(RotatedEdit):
         else:
             init_linear_(self.weight, self.bias)
 
+    @torch.no_grad()
+    def start_at(self, vector: Float[Tensor, " width"]) -> None:
+        """**Overwrites every parameter**: W = R, and b writes the vector along R's first row.
+
+        Raises:
+            ReftuneError: an activation function, behind which no W and b stand for a constant.
+        """
+        if not self.is_linear:
+            raise ReftuneError(f"act_fn={self.act_fn!r}: loreft starts from a direction only without; leave act_fn out")
+        self.point_to(vector)
+        self.weight.copy_(self.rotation)
+        self.bias.copy_(self.rotation @ vector.to(self.rotation))
+
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """a(Wh + b) - Rh, along R; linear, it is (W - R)h + b, which is exactly zero where W = R."""
         if self.is_linear:

@@ -79,6 +79,15 @@ class RotatedEdit(Edit):
         self._seen = None
         self.retract_()
 
+    @torch.no_grad()
+    def point_to(self, vector: Float[Tensor, " width"]) -> None:
+        """**Turns the rotation** so that its first row is along the vector; the others are drawn anew."""
+        self.rotation.normal_()
+        self.rotation[0] = vector
+        retract_(self.rotation)
+        self._seen = None
+        self.retract_()
+
     def current_rotation(self, dtype: torch.dtype) -> Float[Tensor, "r width"]:
         """R in `dtype`, orthonormal now, and differentiable with respect to what is trained."""
         if self.parametrization == "householder":

@@ -25,7 +25,7 @@ from reftune.data.formats import LabelledText
 from reftune.data.glue import GLUE
 from reftune.data.tokenising import encode_dataset
 from reftune.errors import ReftuneError
-from reftune.inference.loading import adapter_folder, recorded_run
+from reftune.inference.loading import adapter_folder, recorded_run, set_scale
 from reftune.training.prompt_ends import with_prompt_ends
 
 _HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight", "logits_proj.weight")
@@ -91,6 +91,7 @@ def load_classifier(
     dtype: str | None = None,
     device: str | None = None,
     quantization: Any = None,
+    scale: float = 1.0,
 ) -> EditedClassifier:
     """Load a classifier's folder onto its base model.
 
@@ -100,6 +101,7 @@ def load_classifier(
         dtype: as in training where None.
         device: the best there is where None.
         quantization: as in training where None.
+        scale: multiplies what the edit adds.
 
     Raises:
         ReftuneError: the folder, its files or its base model cannot be used, or it is no classifier.
@@ -119,6 +121,7 @@ def load_classifier(
     models.fit_to_tokenizer(base, tokenizer)
     edited = load_adapter(base, folder)
     edited.eval()
+    set_scale(edited, scale)
     return EditedClassifier(
         edited, tokenizer, scheme, recorded.get("max_length"), recorded.get("glue"), recorded.get("metric"), folder
     )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reftune import models
 from reftune.adapter.checkpoint import CONFIG_FILE, check_weights_file, load_adapter, read_adapter_config
+from reftune.adapter.tuner import ReftModel
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.runs.recipe import RUN_FILE
@@ -48,6 +49,7 @@ def load_edited(
     dtype: str | None = None,
     device: str | None = None,
     quantization: Any = None,
+    scale: float = 1.0,
     template: str | None = None,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
@@ -60,6 +62,7 @@ def load_edited(
         dtype: as in training where None.
         device: the best there is where None.
         quantization: as in training where None.
+        scale: multiplies what the edit adds.
         template: another than in training (see `data.templates`).
         system_prompt: another than in training.
         chat_template_kwargs: others than in training, by name or as `enable_thinking=false`.
@@ -75,7 +78,22 @@ def load_edited(
     models.fit_to_tokenizer(base, encoding.tokenizer)
     edited = load_adapter(base, folder)
     edited.eval()
+    set_scale(edited, scale)
     return EditedModel(edited, encoding.tokenizer, within_context(encoding, base), folder)
+
+
+def set_scale(model: PeftModel, scale: float) -> None:
+    """Multiply what the adapter adds to hidden states; **changes the model**.
+
+    Raises:
+        ReftuneError: a scale that is no number, or an adapter that is no ReFT adapter.
+    """
+    if not abs(scale) <= 1e6:
+        raise ReftuneError(f"scale={scale}: must be a number, at most a million either way.")
+    if scale != 1.0 or isinstance(model.base_model, ReftModel):
+        if not isinstance(model.base_model, ReftModel):
+            raise ReftuneError(f"scale={scale}: this adapter is no ReFT adapter; leave --scale out.")
+        model.base_model.set_scale("default", scale)
 
 
 def adapter_folder(folder: str | Path, model: str | None, *, classifier: bool) -> tuple[Path, str, dict[str, Any]]:

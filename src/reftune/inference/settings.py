@@ -52,3 +52,4 @@ class BaseModel:
     model: str | None = option(None, MODEL, "Base model; default: the one it was trained on.")
     dtype: str | None = option(None, MODEL, "Data type; default: as trained.")
     device: str | None = option(None, MODEL, "cpu, cuda, ...; default: the best there is.")
+    scale: float = option(1.0, MODEL, "Multiply the edit: 0.5 is half of it, below 0 the other way.")

@@ -9,6 +9,7 @@ import transformers
 from peft import get_peft_model
 from rich.console import Console
 
+from reftune.adapter.starting import start_from
 from reftune.data.formats import Example, read_examples
 from reftune.data.splitting import split_rows
 from reftune.runs.fingerprint import base_digest
@@ -25,6 +26,8 @@ def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
     base, tokenizer = load_base(recipe)
     digest = base_digest(base)
     model = get_peft_model(base, recipe.adapter_config())
+    if recipe.init_from:
+        start_from(model, recipe.init_from)
     return train_and_write(Prepared(recipe, model, tokenizer, digest, train_rows, eval_rows), place, console)
 
 

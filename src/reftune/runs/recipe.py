@@ -157,6 +157,9 @@ class TrainRecipe:
     init: Literal["identity", "paper"] = _option(
         "identity", "Adapter", "Start as the base model ('identity') or at random as the paper's code ('paper')."
     )
+    init_from: str | None = _option(
+        None, "Adapter", "Start from the direction of this adapter folder, which `reftune steer` wrote."
+    )
     parametrization: Literal["cholesky", "householder"] = _option(
         "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
     )
@@ -298,7 +301,9 @@ class TrainRecipe:
     def to_yaml(self) -> str:
         """The recipe as `run.yaml` holds it: every key, local files by their full path, ready to run again anywhere."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _PER_CALL}
-        values |= {name: self.full_path(name) for name in ("train_file", "eval_file", "test_file", "model")}
+        values |= {
+            name: self.full_path(name) for name in ("train_file", "eval_file", "test_file", "model", "init_from")
+        }
         values["output"] = str(Path(self.output).expanduser().resolve())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 

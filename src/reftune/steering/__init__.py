@@ -2,7 +2,8 @@
 
 Open `contrasts.py` for what is read and made into two sets of rows, `states.py` for their hidden states,
 `directions.py` for the vectors that tell them apart, `strength.py` for an edit's strength and KL divergence,
-`settings.py` for the flags, `run.py` for the whole of `reftune steer`, `report.py` for what it says and draws.
+`settings.py` for the flags, `run.py` for the whole of `reftune steer`, `report.py` for what it says and draws,
+`vectors.py` for files of llama.cpp and repeng.
 
 A direction is written as an ordinary adapter (`lobireft`: h + R^T b). Imports neither `cli` nor `serving`.
 """

@@ -14,7 +14,12 @@ PICTURE_FILE, CARD_FILE = "steer.png", "README.md"
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """How well each layer tells the sides apart, and the held-out loss by layer and strength; **replaces the file**."""
+    """How well each layer tells the sides apart, and the held-out loss by layer and strength; **replaces the file**.
+
+    Of a file of vectors nothing is known that could be drawn.
+    """
+    if not found["by layer"]:
+        return
     figure, axes = new_figure((8.5, 3.4) if found["tried"] else (5, 3.4))
     figure.clear()
     panels = figure.subplots(1, 2 if found["tried"] else 1, squeeze=False)[0]
@@ -55,13 +60,14 @@ def _draw_tried(tried: list[dict[str, float]], axes: Any) -> Any:
 def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """What was found, as rows of a table: a name and a value with its unit."""
     before, after, settings = found["held-out loss, base"], found["held-out loss, steered"], found["settings"]
-    apart = ", ".join(f"{_separation(found, layer):.2f}" for layer in found["layers"])
+    apart = ", ".join(f"{value:.2f}" for value in _separations(found).values())
     told = [
         ("direction of", found["from"]),
         ("edit", f"{found['method']}, rank {settings['rank']}, at {settings['positions']}"),
         ("layers", ", ".join(map(str, found["layers"]))),
-        ("separation", f"{apart} (1: all held-out rows told apart; 0.5: by luck)"),
     ]
+    if apart:
+        told.append(("separation", f"{apart} (1: all held-out rows told apart; 0.5: by luck)"))
     if not settings["remove"]:
         told.append(("strength", f"{found['strength']:.3g} times the distance of the two sides"))
     for side in before:
@@ -77,7 +83,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 def warnings(found: dict[str, Any]) -> list[str]:
     """What should not be overlooked."""
     said = []
-    weak = [layer for layer in found["layers"] if _separation(found, layer) < 0.7]
+    weak = [layer for layer, value in _separations(found).items() if value < 0.7]
     if weak:
         said.append(
             f"Layer {', '.join(map(str, weak))} hardly tells the held-out sides apart: this direction may be noise. "
@@ -98,9 +104,12 @@ def card(found: dict[str, Any], model: str) -> str:
         "from peft import PeftModel", "import reftune", "",
         f'base, tokenizer = reftune.models.load("{model}")', 'model = PeftModel.from_pretrained(base, "FOLDER")',
     ]  # fmt: skip
+    picture = f"![Layers and strengths]({PICTURE_FILE})\n\n" if found["by layer"] else ""
     code = "\n".join(["```python", *use, "```"])
-    return f"{head}\n# A steering direction\n\n{table}\n\n![Layers and strengths]({PICTURE_FILE})\n\n{code}\n"
+    return f"{head}\n# A steering direction\n\n{table}\n\n{picture}{code}\n"
 
 
-def _separation(found: dict[str, Any], layer: int) -> float:
-    return next(item["separation"] for item in found["by layer"] if int(item["layer"]) == layer)
+def _separations(found: dict[str, Any]) -> dict[int, float]:
+    """How well each edited layer tells the held-out sides apart; nothing of a file of vectors."""
+    known = {int(item["layer"]): item["separation"] for item in found["by layer"]}
+    return {layer: known[layer] for layer in found["layers"] if layer in known}

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from peft import get_peft_model
 from rich.console import Console
@@ -29,7 +30,7 @@ from reftune.inference.loading import EditedModel, within_context
 from reftune.inference.settings import GenerationSettings
 from reftune.output.files import write_text
 from reftune.output.locks import only_writer
-from reftune.output.targets import check_folder_target
+from reftune.output.targets import check_file_target, check_folder_target
 from reftune.runs.output_folder import save_adapter
 from reftune.steering.contrasts import Contrasts, Row, neutral_rows, read_contrasts
 from reftune.steering.directions import Direction, find_directions, gap_in_deviations, separation
@@ -37,6 +38,7 @@ from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
 from reftune.steering.states import mean_states
 from reftune.steering.strength import AgainstBase, edit_of, steered, strength_for
+from reftune.steering.vectors import read_vectors, write_vectors
 
 RESULT_FILE = "steer.json"
 _CANDIDATES = 4
@@ -92,27 +94,52 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     """
     output = Path(settings.output).expanduser()
     check_folder_target(output, "output=", (RESULT_FILE,), [source, settings.neutral_file], settings.model)
+    if settings.gguf:
+        check_file_target(Path(settings.gguf), "--gguf", [source, settings.neutral_file], ours="controlvector")
     neutral = neutral_rows(settings.neutral_file)
-    # Rows that cannot be used are told before a model is loaded; answers to be written need one.
-    contrasts = None if settings.positive_prompt is not None else _read(source, settings)
+    # What cannot be used is told before a model is loaded; answers to be written need one.
+    vectors = read_vectors(source) if str(source).lower().endswith(".gguf") else None
+    contrasts = None if vectors or settings.positive_prompt is not None else _read(source, settings)
     transformers.set_seed(settings.seed)
     model, tokenizer = models.load(settings.model, settings.dtype, settings.device)
     base = _Base(
         model, tokenizer, within_context(Encoding(tokenizer, on_long_prompt="truncate"), model), settings.batch_size
     )
-    sites = find_sites(model, "block_output", "all" if settings.layers == "auto" else settings.layers)
+    given = list(vectors) if vectors else "all"
+    sites = find_sites(model, "block_output", given if settings.layers == "auto" else settings.layers)
     if settings.rank > min(site.width for site in sites):
         raise ReftuneError(f"rank={settings.rank}: the hidden state has {sites[0].width} dimensions.")
-    contrasts = contrasts or _read(source, settings, base)
     with Progress(console=console, transient=True) as progress:
-        found, directions = _search(base, sites, contrasts, neutral, settings, progress)
+        if vectors is None:
+            found = _search(base, sites, contrasts or _read(source, settings, base), settings, progress)
+        else:
+            found = _Found(_as_directions(vectors, sites, str(source)), settings.scale or 1.0, "a control vector")
+        progress.add_task("Measuring", total=None)
+        result = _measure(base, found, neutral, settings)
+    strength = result["strength"]
+    if settings.gguf:
+        added = {int(site.layer or 0): strength * d.vector for site, d in found.directions.items()}
+        write_vectors(settings.gguf, added, str(model.config.model_type))
     with only_writer(output):
-        strength = float(found["strength"])
-        _save(base, directions, strength, settings, output)
-        draw(found, output / PICTURE_FILE)
-        write_text(output / CARD_FILE, card(found, settings.model))
-        write_text(output / RESULT_FILE, json.dumps(found, indent=2) + "\n")
-    return Steered(output, found)
+        _save(base, found.directions, strength, settings, output)
+        draw(result, output / PICTURE_FILE)
+        write_text(output / CARD_FILE, card(result, settings.model))
+        write_text(output / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    return Steered(output, result)
+
+
+def _as_directions(vectors: dict[int, Any], sites: Sequence[Site], source: str) -> dict[Site, Direction]:
+    """The vectors of a file at sites of a model."""
+    found = {}
+    for site in sites:
+        vector = vectors.get(site.layer if site.layer is not None else -1)
+        if vector is None:
+            raise ReftuneError(f"{source} has no vector for layer {site.layer}; it has {', '.join(map(str, vectors))}.")
+        if len(vector) != site.width:
+            raise ReftuneError(f"{source} has vectors of width {len(vector)}, and the model's are {site.width} wide.")
+        length = float(np.linalg.norm(vector.astype(np.float64)))
+        found[site] = Direction(vector[None].astype(np.float64) / length, np.array([length]))
+    return found
 
 
 def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Contrasts:
@@ -234,48 +261,66 @@ def _choose(
     return *taken, tried
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Directions that are taken, how strong they are, and what is known of them.
+
+    Attributes:
+        directions: by site.
+        strength: at which they were best.
+        said: where they come from.
+        held: held-out rows by side, whose likelihood is to be measured; empty where there are none.
+        facts: what else goes into the result.
+    """
+
+    directions: dict[Site, Direction]
+    strength: float
+    said: str
+    held: dict[str, list[Encoded]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=lambda: {"rows": {}, "by layer": [], "tried": []})
+
+
 def _search(
-    base: _Base,
-    sites: list[Site],
-    contrasts: Contrasts,
-    neutral: Sequence[Example],
-    settings: SteerSettings,
-    progress: Progress,
-) -> tuple[dict[str, Any], dict[Site, Direction]]:
-    """The directions that are taken, and everything that was measured."""
+    base: _Base, sites: list[Site], contrasts: Contrasts, settings: SteerSettings, progress: Progress
+) -> _Found:
+    """The directions at the layers and with the strength that work best."""
     both = base.rows(contrasts.positive), base.rows(contrasts.negative)
     sides = _Sides(both, (_held_out(len(both[0]), settings), _held_out(len(both[1]), settings)))
     directions, told = _directions(base, sites, sides, contrasts.paired, settings, progress)
     chosen, strength, tried = _choose(base, directions, told, sides, contrasts.answers, settings, progress)
-    taken = {site: directions[site] for site in chosen}
-    rows = base.rows(neutral)
-    task = progress.add_task("Measuring", total=None)
+    rows = {"positive": len(both[0]), "negative": len(both[1]), "held out": len(sides.splits[0][1])}
+    one, other = sides.held_out()
+    held = {"positive": one, "negative": other} if contrasts.answers else {}
+    facts = {"rows": rows, "by layer": told, "tried": tried}
+    return _Found({site: directions[site] for site in chosen}, strength, contrasts.said, held, facts)
+
+
+def _measure(base: _Base, found: _Found, neutral: Sequence[Example], settings: SteerSettings) -> dict[str, Any]:
+    """What the edit does: the result as it is written."""
+    rows, strength = base.rows(neutral), found.strength
     if settings.kl is not None:
         some = AgainstBase(base.model, rows[::2], base.pad, base.batch_size)
 
         def divergence(value: float) -> float:
-            with steered(base.model, taken, settings.positions, value):
+            with steered(base.model, found.directions, settings.positions, value):
                 return some()[0]
 
         strength = strength_for(settings.kl, divergence, strength)
     others = AgainstBase(base.model, rows[1::2] or rows, base.pad, base.batch_size)
-    held = dict(zip(("positive", "negative"), sides.held_out(), strict=True)) if contrasts.answers else {}
-    before = {side: base.loss(rows) for side, rows in held.items()}
-    with steered(base.model, taken, settings.positions, strength, settings.remove):
+    before = {side: base.loss(rows) for side, rows in found.held.items()}
+    with steered(base.model, found.directions, settings.positions, strength, settings.remove):
         kl, neutral_loss = others()
-        after = {side: base.loss(rows) for side, rows in held.items()}
-    progress.remove_task(task)
-    found = {
-        "from": contrasts.said,
-        "rows": {"positive": len(both[0]), "negative": len(both[1]), "held out": len(sides.splits[0][1])},
-        "method": "consreft" if settings.remove else "lobireft", "layers": [int(site.layer or 0) for site in chosen],
+        after = {side: base.loss(rows) for side, rows in found.held.items()}
+    return {
+        "from": found.said,
+        "method": "consreft" if settings.remove else "lobireft",
+        "layers": [int(site.layer or 0) for site in found.directions],
         "strength": 1.0 if settings.remove else strength,
         "held-out loss, base": before, "held-out loss, steered": after,
         "log-likelihood ratio, nats a token": _ratio(before, after),
         "kl, nats a token": kl, "neutral loss, base": others.base_loss, "neutral loss, steered": neutral_loss,
-        "by layer": told, "tried": tried, "settings": asdict(settings),
+        **found.facts, "settings": asdict(settings),
     }  # fmt: skip
-    return found, taken
 
 
 def _apart(ranked: list[tuple[dict[str, float], Site]]) -> list[tuple[dict[str, float], Site]]:

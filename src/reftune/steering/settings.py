@@ -20,6 +20,11 @@ class SteerSettings:
     """
 
     output: str = option("out", "Output", "Folder of the adapter, its figures, picture and card.")
+    gguf: str | None = option(
+        None,
+        "Output",
+        "Also write this file, which llama.cpp (--control-vector) and repeng read: all tokens are edited.",
+    )
     positive_prompt: str | None = option(None, "Data", "Instruction under which the model writes the positive answers.")
     negative_prompt: str | None = option(None, "Data", "Instruction under which it writes the negative ones.")
     positive_label: str | None = option(None, "Data", "Labelled texts: the class that is wanted.")
@@ -67,6 +72,8 @@ class SteerSettings:
             raise ReftuneError(f"kl={self.kl}: must be above 0 and at most 100 nats a token.")
         if self.remove and (self.kl is not None or self.scale is not None):
             raise ReftuneError("remove: what is taken out has no strength; leave --scale and --kl out.")
+        if self.remove and self.gguf:
+            raise ReftuneError("remove: a control vector adds and takes nothing out; leave --gguf out.")
         if (self.positive_prompt is None) != (self.negative_prompt is None):
             raise ReftuneError("positive_prompt and negative_prompt go together: give both instructions.")
         if not self.output.strip():
