@@ -186,6 +186,14 @@ def test_a_refused_configuration_keeps_the_adapter_of_that_name(make: str, chang
     assert as_it_was(peft) == before
 
 
+def test_after_a_refusal_transformers_adds_an_adapter_as_if_it_had_not_been():
+    model = base()
+    with pytest.raises(reftune.ReftuneError, match="layers_to_transform"):
+        model.add_adapter(config(layers_to_transform=[40]))
+    assert nothing_of_ours(model)
+    _by_transformers(model, ["default"])
+
+
 @pytest.mark.parametrize("change", [name for name in SECOND if name not in ("without a head", "tied")])
 def test_loading_another_adapter_into_a_name_is_refused_with_the_way_out(change: str, tmp_path: Path):
     folder = saved(tmp_path / "second", **SECOND[change])

@@ -366,7 +366,8 @@ def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
             configs.clear()
             configs.update(known)
         else:
-            vars(model).pop("peft_config", None)
+            for mark in ("peft_config", "_hf_peft_config_loaded"):  # the second is transformers', set before it adds
+                vars(model).pop(mark, None)
         raise
 
 
