@@ -159,7 +159,7 @@ def test_a_sample_of_the_rows_depends_on_the_seed_alone(tokenizer: Any) -> None:
     rows = [{"instruction": str(n), "output": "x"} for n in range(50)]
 
     def chosen(seed: int) -> list[str]:
-        data = pyreft.ReftRawDataset("x", None, tokenizer, dataset=rows, seed=seed, max_n_example=5)
+        data: Any = pyreft.ReftRawDataset("x", None, tokenizer, dataset=rows, seed=seed, max_n_example=5)
         return [row["instruction"] for row in data.task_dataset]
 
     assert chosen(1) == chosen(1) != chosen(2) and len(chosen(1)) == 5
@@ -177,7 +177,7 @@ def test_reward_rows_come_in_pairs_with_the_better_one_first(tokenizer: Any) -> 
     assert tokenizer.decode(plain[0]["chosen_output"]) == "abX"
 
 
-def test_the_collator_keeps_subspaces_and_drops_ids(tokenizer: Any) -> None:
+def test_the_collator_keeps_subspaces_and_ids(tokenizer: Any) -> None:
     rows = [
         {"instruction": "ab", "output": "c", "subspaces": [0]},
         {"instruction": "abc", "output": "c", "subspaces": [0, 1]},
@@ -185,26 +185,26 @@ def test_the_collator_keeps_subspaces_and_drops_ids(tokenizer: Any) -> None:
     data = pyreft.ReftRawDataset("x", None, tokenizer, dataset=rows, position="f1+l1", share_weights=True)
     batch = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))([data[0], data[1]])
     assert batch["subspaces"].tolist() == [[[0, -1]], [[0, 1]]]
-    assert "id" not in batch and torch.equal(batch["intervention_locations"][:, 0], torch.tensor([[0, 1], [0, 2]]))
+    assert batch["id"].tolist() == [0, 1]
+    assert torch.equal(batch["intervention_locations"][:, 0], torch.tensor([[0, 1], [0, 2]]))
 
 
-def test_a_subclass_is_told_when_every_row_is_tokenised_and_has_a_dataset() -> None:
+def test_a_subclass_chooses_among_its_rows_before_they_are_tokenised() -> None:
     import datasets
 
     class Own(pyreft.ReftDataset):
-        told: Any = None
-
         def postprocess(self, kwargs: Any) -> None:
-            self.told = (len(self.result), kwargs["mine"])
+            self.task_dataset = self.raw_dataset = self.task_dataset.select(range(kwargs["first"], 3))
 
         def tokenize(self, data_item: Any) -> Any:
             return {"input_ids": torch.tensor([1, 2, data_item["a"]])}, 2
 
     rows = [{"a": number} for number in range(5)]
-    own = Own("task", None, None, dataset=rows, mine=7, max_n_example=3)
-    assert own.told == (3, 7)
+    own = Own("task", None, None, dataset=rows, first=1, max_n_example=3)
+    drawn = datasets.Dataset.from_list(rows).shuffle(seed=42).select(range(3)).to_list()[1:]
     assert isinstance(own.task_dataset, datasets.Dataset)
-    assert own.task_dataset.to_list() == datasets.Dataset.from_list(rows).shuffle(seed=42).select(range(3)).to_list()
+    assert own.task_dataset.to_list() == own.raw_dataset.to_list() == drawn
+    assert [int(own[n]["input_ids"][2]) for n in range(2)] == [row["a"] for row in drawn]
 
 
 def test_the_hubs_dataset_is_asked_for_by_task_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from reftune.pyreft.locations import NOWHERE
 
+MOVED = (
+    "Rows are padded on the left: intervention_locations are moved along already, and rows have no padding token of "
+    "their own in front. Leave out the lines of a pyreft script that add the padding to them and take 1 away."
+)
+logger = logging.get_logger(__name__)
 OWN = ("intervention_locations", "subspaces", "id")
 
 
@@ -78,6 +84,8 @@ def _with_own(batch: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> 
     length, left = found["input_ids"].shape[1], getattr(tokenizer, "padding_side", "right") == "left"
     shifts = [length - len(row["input_ids"]) if left else 0 for row in rows]
     if "intervention_locations" in rows[0]:
+        if left:
+            logger.warning_once(MOVED)
         moved = [
             [[place + shift if place >= 0 else NOWHERE for place in one] for one in row["intervention_locations"]]
             for row, shift in zip(rows, shifts, strict=True)
@@ -85,6 +93,8 @@ def _with_own(batch: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> 
         found["intervention_locations"] = _filled(moved)
     if "subspaces" in rows[0]:
         found["subspaces"] = _filled([row["subspaces"] for row in rows])
+    if "id" in rows[0]:
+        found["id"] = torch.tensor([row["id"] for row in rows])
     return found
 
 

@@ -72,14 +72,16 @@ class ReftDataset(Dataset[Any]):
         self.num_interventions = int(kwargs.get("num_interventions", 1))
         self.share_weights = bool(kwargs.get("share_weights", False))
         self.legacy_positions = bool(kwargs.get("legacy_positions", False))
+        self.raw_dataset: Any = None
         self.preprocess(kwargs)
         self.task_dataset = self.load_dataset()
+        if self.data_split != "train":
+            self.raw_dataset = self.task_dataset
+        self.postprocess(kwargs)
         self.result: list[dict[str, Any]] = []
         for index, row in enumerate(cast("Iterable[dict[str, Any]]", self.task_dataset)):
             result, prompt_length = self.tokenize(row)
             self.result.append(self.compute_intervention_and_subspaces(index, row, result, prompt_length, **kwargs))
-        self.postprocess(kwargs)
-        self.raw_dataset = self.task_dataset if data_split != "train" else None
 
     def preprocess(self, kwargs: Mapping[str, Any]) -> None:
         """Take the fields' names out of the constructor's arguments."""
@@ -89,7 +91,7 @@ class ReftDataset(Dataset[Any]):
             setattr(self, name, kwargs[name])
 
     def postprocess(self, kwargs: Mapping[str, Any]) -> None:
-        """Called once, when every row has been tokenised."""
+        """Called once, when the rows are there and none is tokenised; it may choose among ``task_dataset``."""
 
     def tokenize(self, data_item: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """A row's columns, and the number of its prompt tokens."""

@@ -135,6 +135,12 @@ class _PyreftArguments:
             own: Any = self
             own.dropout, own.act_fn = CallableDropout(own.dropout, own), CallableActivation(own.act_fn, own)
 
+    def __getitem__(self, index: int) -> Any:
+        """Itself under 0: pyvene's ``interventions`` held pairs that began with it, and scripts say ``v[0].eval()``."""
+        if index != 0:
+            raise IndexError(index)
+        return self
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a subclass write ``forward(base, source=None, subspaces=None)`` as it would for pyvene."""
         super().__init_subclass__(**kwargs)

@@ -132,7 +132,8 @@ def _mask(rows: Any, batch: int, length: int) -> Tensor:
         wanted = [int(place) for place in rows[index % len(rows)] if place >= 0]
         if wanted and max(wanted) >= length:
             raise ReftuneError(
-                f"unit_locations name token {max(wanted)}, and row {index} has {length}, 0 to {length - 1}."
+                f"unit_locations name token {max(wanted)}, and row {index} has {length}, 0 to {length - 1}. Where a "
+                "script adds the left padding to intervention_locations: ReftDataCollator has done that."
             )
         mask[index, wanted] = True
     return mask
