@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 from reftune.edits import LoreftEdit, RotatedEdit, make_edit
 from reftune.edits.rotation import householder, orthonormal, retract_
+from reftune.errors import ReftuneError
 
 WIDTH, RANK = 16, 4
 ROTATED = ["consreft", "direft_orthogonal", "lobireft", "loreft"]
@@ -308,7 +309,7 @@ def test_the_householder_option_follows_torchs_training_curve() -> None:
         base = theirs.parametrizations.weight[0].base
         edit.load_state_dict({**edit.state_dict(), "rotation": base[:, :RANK].mT.clone()})
         edit(torch.zeros(1, WIDTH))
-        edit.get_buffer("basis").copy_(base)
+        edit.basis.copy_(base)
     W, b = (nn.Parameter(t.detach().clone()) for t in (edit.weight, edit.bias))
 
     class Reference(nn.Module):
@@ -337,7 +338,7 @@ def test_weight_decay_does_not_destroy_a_householder_rotation() -> None:
 
 def test_householder_at_its_start_returns_the_basis_it_was_given() -> None:
     edit = _edit(parametrization="householder")
-    R = householder(edit.reflectors, edit.get_buffer("basis"))
+    R = householder(edit.reflectors, edit.basis)
     assert torch.equal(R, edit.rotation)
 
 
@@ -353,3 +354,79 @@ def test_torch_func_differentiates_and_maps_an_edit() -> None:
     edit(rows).square().sum().backward()
     for name, parameter in edit.named_parameters():
         torch.testing.assert_close(per_row[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parametrization", ["cholesky", "householder"])
+@pytest.mark.parametrize("source", ["trained", "loaded", "averaged"])
+@pytest.mark.parametrize("training", [False, True])
+def test_equal_parameters_are_the_same_function_however_they_were_copied(parametrization, source, training) -> None:
+    edit, target = (_edit(parametrization=parametrization) for _ in range(2))
+    _train(edit, OPTIMISERS["adamw"](edit), range(5))
+    if source == "loaded":  # and not used since
+        saved, edit = edit.state_dict(), _edit(parametrization=parametrization)
+        edit.load_state_dict(saved)
+    if source == "averaged" and parametrization == "cholesky":
+        for parameter in edit.parameters():
+            parameter.data.mul_(0.9).add_(torch.randn_like(parameter), alpha=0.1)  # not orthonormal any more
+    h = torch.randn(3, WIDTH)
+    for one in (edit, target):
+        one.train(training)
+    with torch.no_grad():
+        target(h)  # whatever it keeps of its own parameters
+        for name, parameter in edit.named_parameters():  # as TRL's reference adapter is made, and averages are put in
+            target.get_parameter(name).data.copy_(parameter.data)
+        torch.testing.assert_close(target(h), edit(h), rtol=0, atol=1e-6)
+        torch.testing.assert_close(target.state_dict()["rotation"], edit.state_dict()["rotation"], rtol=0, atol=1e-6)
+        for name, value in edit.state_dict().items():
+            assert target.state_dict()[name].shape == value.shape
+
+
+@pytest.mark.parametrize("parametrization", ["cholesky", "householder"])
+def test_a_silent_write_in_evaluation_is_seen(parametrization: str) -> None:
+    edit = _edit(parametrization=parametrization).eval()
+    h = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        before = edit(h)
+        for parameter in edit.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+        after = edit(h)
+        saved = {name: tensor.clone() for name, tensor in edit.state_dict().items()}
+    fresh = _edit(parametrization=parametrization)
+    fresh.load_state_dict(saved)
+    assert not torch.allclose(before, after)
+    assert _gram_error(saved["rotation"]) < 1e-6
+    torch.testing.assert_close(fresh.eval()(h), after, rtol=0, atol=1e-5)
+
+
+def _averaged(edit: RotatedEdit) -> tuple[torch.optim.swa_utils.AveragedModel, nn.Module]:
+    """torch's average over a model, which copies buffers beside parameters, before training and the model after it."""
+    model = nn.Sequential(edit)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    _train(edit, OPTIMISERS["adamw"](edit), range(5))
+    return averaged, model
+
+
+def test_a_buffer_copied_beside_householder_parameters_is_refused_where_it_says_otherwise() -> None:
+    h, edit = torch.randn(3, WIDTH), _edit(parametrization="householder")
+    averaged, model = _averaged(edit)
+    averaged.update_parameters(model)
+    with pytest.raises(ReftuneError, match="cholesky"):
+        averaged(h)
+    with torch.no_grad():
+        edit.rotation.copy_(_edit().rotation)  # as DistributedDataParallel broadcasts it
+    with pytest.raises(ReftuneError, match="cholesky"):
+        edit(h)
+    averaged, model = _averaged(_edit(parametrization="householder"))
+    model.state_dict()  # brings the buffer up to date
+    averaged.update_parameters(model)
+    torch.testing.assert_close(averaged(h), model(h), rtol=0, atol=1e-5)
+    averaged, model = _averaged(_edit())
+    averaged.update_parameters(model)
+    torch.testing.assert_close(averaged(h), model(h), rtol=0, atol=1e-5)
+
+
+def test_a_householder_basis_is_never_trained_nor_counted_nor_saved() -> None:
+    edit = _edit(parametrization="householder").requires_grad_(True)
+    assert not edit.basis.requires_grad
+    assert all(p is not edit.basis for p in edit.parameters())
+    assert "basis" in dict(edit.named_parameters()) and "basis" not in edit.state_dict()

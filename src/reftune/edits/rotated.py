@@ -1,6 +1,7 @@
 """The edits that own a rotation R: when it is retracted, how it is saved, and how it is loaded."""
 
 import threading
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -22,11 +23,14 @@ class RotatedEdit(Edit):
     - `parametrization="cholesky"`: `rotation` is the trained parameter. It is retracted lazily, at the start of a
       forward and before it is saved, so that any optimiser in any trainer can step it. In training every forward looks,
       as some optimisers (bitsandbytes, anything through `.data`) leave no trace in the version counter; in evaluation
-      only a rotation that has changed since is looked at.
-    - `parametrization="householder"`: what pyreft trains, for its training curve. `reflectors` is trained; `rotation`
-      is a buffer that holds the result when saved. A reload gives the same edit, with new reflectors around it.
+      only a rotation that has changed since is looked at: by its content, on a GPU (where looking would wait for the
+      device) by its version counter alone, so that after a write through `.data` there `eval()` must be called.
+    - `parametrization="householder"`: what pyreft trains, for its training curve. `reflectors` is trained around a
+      frozen `basis`; `rotation` is a buffer that holds the result when saved. A reload gives the same edit, with new
+      reflectors around it.
 
-    Either way a checkpoint holds `rotation`, `r x width`, and nothing else about it.
+    Either way equal parameters are the same function, whoever copied them and however, and a checkpoint holds
+    `rotation`, `r x width`, and nothing else about it.
 
     A subclass either names its further parameters in `tensors`, which the constructor makes and then fills by
     `reset_parameters`, or has a constructor of its own that does so.
@@ -55,10 +59,11 @@ class RotatedEdit(Edit):
             )
         self.parametrization = parametrization
         self._seen: object = None  # the stored rotation that the trained parameters are known to stand for
-        self._folded: object = None  # the reflectors that the stored rotation is known to stand for
+        self._around: object = None  # the reflectors that were there then
+        self._looked: Tensor | None = None  # a copy of what the rotation was last computed from
         if parametrization == "householder":
             self.register_buffer("rotation", torch.empty(r, width))
-            self.register_buffer("basis", torch.empty(width, width), persistent=False)
+            self.basis = nn.Parameter(torch.empty(width, width), requires_grad=False)
             self.reflectors = nn.Parameter(torch.empty(width, r))
         else:
             self.rotation = nn.Parameter(torch.empty(r, width))
@@ -93,18 +98,22 @@ class RotatedEdit(Edit):
         if self.parametrization == "householder":
             self._follow_loaded_rotation()
             if self._may_fold(dtype):
-                if self._folded != self._identify(self.reflectors):
-                    self._fold()
+                if not self._is_as_looked():
+                    self.retract_()
                 return self.rotation.to(dtype)
-            return householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
+            return householder(self.reflectors.to(dtype), self.basis.detach().to(dtype))
         self._retract_if_moved()
         return orthonormal(self.rotation).to(dtype)
 
-    def _fold(self) -> None:
-        with _WRITING:
-            if self._folded != (stands_for := self._identify(self.reflectors)):
-                self.retract_()
-                self._folded = stands_for
+    def _stored(self) -> Tensor:
+        """What the rotation is computed from; a basis is known by its first r columns (``complete_basis``)."""
+        if self.parametrization == "householder":
+            return torch.cat([self.reflectors.detach(), self.basis.detach()[:, : self.r]], dim=1)
+        return self.rotation.detach()
+
+    def _is_as_looked(self) -> bool:
+        looked = self._looked
+        return looked is not None and looked.dtype == (now := self._stored()).dtype and torch.equal(looked, now)
 
     def _may_fold(self, dtype: torch.dtype) -> bool:
         """Whether a Householder rotation may be computed once for many forwards: inference, on tensors of our own."""
@@ -118,16 +127,20 @@ class RotatedEdit(Edit):
             self._follow_loaded_rotation()
             if not self.rotation.is_meta:
                 dtype = torch.promote_types(self.reflectors.dtype, torch.float32)
-                with torch.no_grad():
-                    rotation = householder(self.reflectors.to(dtype), self.get_buffer("basis").to(dtype))
+                with torch.no_grad(), _WRITING:
+                    stored, self._around = self._stored(), self._identify(self.reflectors)
+                    rotation = householder(self.reflectors.to(dtype), self.basis.to(dtype))
                     self.rotation.data.copy_(rotation)
+                    self._looked = stored
             return
         retract_(self.rotation)
-        self._seen = self._identify()
+        self.trust_rotation()
 
     def trust_rotation(self) -> None:
         """Take `rotation`, just loaded, as orthonormal: it is used to the bit until it changes."""
         self._seen = self._identify()
+        plain = self.rotation.device.type == "cpu" and type(self.rotation.detach()) is Tensor
+        self._looked = self._stored().clone() if plain else None
 
     def _retract_if_moved(self) -> None:
         if torch.compiler.is_compiling():
@@ -136,7 +149,8 @@ class RotatedEdit(Edit):
             return
         if not isinstance(self.rotation, nn.Parameter):  # a stand-in of torch.func: not ours to write to
             return
-        if self._seen != self._identify() or (self.training and self.rotation.requires_grad):
+        moved = self._seen != self._identify() or (self.training and self.rotation.requires_grad)
+        if moved or (self._looked is not None and not self._is_as_looked()):
             with _WRITING:
                 self.retract_()
 
@@ -145,17 +159,36 @@ class RotatedEdit(Edit):
         if torch.compiler.is_compiling() or self.rotation.is_meta or self._seen == self._identify():
             return
         with _WRITING:
-            if self._seen != self._identify():
-                self._start_at_rotation()
+            if self._seen == self._identify():
+                return
+            in_place = isinstance(self._seen, tuple) and self._seen[0] == id(self.rotation)
+            if in_place and self._around != self._identify(self.reflectors):
+                with torch.no_grad():
+                    meant = householder(self.reflectors.float(), self.basis.float())
+                if not torch.allclose(meant, self.rotation.float(), atol=1e-2):
+                    raise ReftuneError(
+                        "A Householder edit's reflectors and its buffer rotation were both written and stand for two "
+                        "rotations: whatever copies buffers beside parameters (averaging with AveragedModel, "
+                        "DistributedDataParallel's broadcast_buffers) copies one that is only kept for saving. Use "
+                        "parametrization='cholesky', leave buffers out, or load with load_state_dict."
+                    )
+                self._seen = self._identify()
+                return
+            self._start_at_rotation()
 
     def _start_at_rotation(self) -> None:
-        self.basis = complete_basis(self.rotation)
-        start = identity_reflectors(self.rotation)
-        if self.reflectors.is_meta or self.reflectors.device != start.device:
-            self.reflectors = nn.Parameter(start, requires_grad=self.reflectors.requires_grad)
-        else:
-            self.reflectors.data.copy_(start)
-        self._seen, self._folded = self._identify(), None
+        starts = {"basis": complete_basis(self.rotation), "reflectors": identity_reflectors(self.rotation)}
+        for name, start in starts.items():
+            before = self.get_parameter(name)
+            if before.is_meta or before.device != start.device:
+                setattr(self, name, nn.Parameter(start, requires_grad=before.requires_grad))
+            else:
+                before.data.copy_(start)
+        self._seen, self._around, self._looked = self._identify(), self._identify(self.reflectors), None
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those that are trained; a Householder edit's frozen basis is among `named_parameters` alone."""
+        return (p for name, p in self.named_parameters(recurse=recurse) if name != "basis")
 
     def _identify(self, tensor: Tensor | None = None) -> tuple[int, int]:
         tensor = self.rotation if tensor is None else tensor
@@ -163,7 +196,7 @@ class RotatedEdit(Edit):
 
     def train(self, mode: bool = True) -> "RotatedEdit":
         """As `nn.Module.train`; evaluation begins by retracting, which a compiled forward does not do."""
-        self._folded = None
+        self._looked = None
         if self.parametrization == "cholesky":
             self._seen = None
             if not mode and type(self.rotation) is nn.Parameter:
@@ -173,7 +206,8 @@ class RotatedEdit(Edit):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.retract_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "reflectors", None)
+        for name in ("reflectors", "basis"):
+            destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
         self,
@@ -190,23 +224,34 @@ class RotatedEdit(Edit):
         )
         if prefix + "rotation" in state_dict:
             self._seen = None
-            if prefix + "reflectors" in missing_keys:
-                missing_keys.remove(prefix + "reflectors")
+            for name in (prefix + "reflectors", prefix + "basis"):
+                if name in missing_keys:
+                    missing_keys.remove(name)
+            if self.parametrization == "householder":
+                self._follow_loaded_rotation()
 
     # `_seen` names one tensor object. Where a copy or a move makes new objects of the same values, it is renewed.
 
     def _apply(self, *args: Any, **kwargs: Any) -> "RotatedEdit":
         in_sync = self.parametrization == "householder" and self._seen == self._identify()
+        unmoved = self._is_unmoved()
         super()._apply(*args, **kwargs)
         self._seen = self._identify() if in_sync else None
-        self._folded = None
+        self._around = self._identify(self.reflectors) if unmoved else None
+        self._looked = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         in_sync = self.parametrization == "householder" and self._seen == self._identify()
-        return {**self.__dict__, "_seen": _IN_SYNC if in_sync else None, "_folded": None}
+        around = _IN_SYNC if self._is_unmoved() else None
+        return {**self.__dict__, "_seen": _IN_SYNC if in_sync else None, "_around": around, "_looked": None}
+
+    def _is_unmoved(self) -> bool:
+        return self.parametrization == "householder" and self._around == self._identify(self.reflectors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._seen == _IN_SYNC:
             self._seen = self._identify()
+        if self._around == _IN_SYNC:
+            self._around = self._identify(self.reflectors)
