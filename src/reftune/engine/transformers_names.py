@@ -6,6 +6,11 @@
 | `is_activation_checkpointing` of a model | `is_gradient_checkpointing` |
 | `activation_checkpointing_kwargs` of training arguments | `gradient_checkpointing_kwargs` |
 
+
+| from 5.17 | before |
+|---|---|
+| `page_size` of continuous batching | `block_size` |
+
 Later versions keep the earlier names for a time, and warn where they are used.
 """
 
@@ -42,6 +47,13 @@ def checkpointing_arguments(on: bool, settings: dict[str, Any] | None = None) ->
 
     name = _LATER if _LATER in TrainingArguments.__dataclass_fields__ else _EARLIER
     return {name: on, f"{name}_kwargs": settings}
+
+
+def page_of(tokens: int) -> dict[str, int]:
+    """Settings of continuous batching whose cache has pages of so many tokens."""
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    return {"page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size": tokens}
 
 
 def _either(owner: Any, later: str, earlier: str, *default: Any) -> Any:

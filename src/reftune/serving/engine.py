@@ -30,6 +30,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from reftune.engine.packed import CARRIED, Carried, CarriedEdits, carry, settings
+from reftune.engine.transformers_names import page_of
 from reftune.errors import ReftuneError
 from reftune.serving.bank import Bank, Held
 from reftune.serving.packed_attention import attending_by_request
@@ -171,7 +172,7 @@ class EmbeddedEngine:
         self.context = min(limit for limit in stated if limit)
         self._config = settings(
             ContinuousBatchingConfig(
-                page_size=page_tokens, num_blocks=-(-cache_tokens // page_tokens), max_batch_tokens=batch_tokens,
+                num_blocks=-(-cache_tokens // page_tokens), max_batch_tokens=batch_tokens, **page_of(page_tokens),
                 max_requests_per_batch=requests, allow_block_sharing=share_prefixes, use_async_batching=False,
             )
         )  # fmt: skip

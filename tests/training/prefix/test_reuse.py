@@ -81,7 +81,7 @@ def tuned(name: str = "llama", dtype: torch.dtype = torch.float64, **changes: An
     model = (model if name in MIXTURES else model.to(dtype)).train()
     for module in model.modules():
         if hasattr(module, "inv_freq"):  # rotary angles are float32 in any model, whatever `to` made of them
-            module.inv_freq = module.inv_freq.float()
+            module.inv_freq = module.inv_freq.type(torch.float32)
     return model
 
 
