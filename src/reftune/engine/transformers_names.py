@@ -49,7 +49,7 @@ def checkpointing_arguments(on: bool, settings: dict[str, Any] | None = None) ->
     return {name: on, f"{name}_kwargs": settings}
 
 
-def page_of(tokens: int) -> dict[str, int]:
+def page_of(tokens: int) -> dict[str, Any]:
     """Settings of continuous batching whose cache has pages of so many tokens."""
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
