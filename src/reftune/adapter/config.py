@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, no_type_check
+from pathlib import Path
+from typing import Any, ClassVar, Literal, no_type_check
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
+from reftune.adapter.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_config,
+    check_fields,
+    read_adapter_config,
+    read_weights,
+)
 from reftune.adapter.tuner import REFT, ReftModel, load_or_leave, load_what_fits
 from reftune.edits import Edit, edit_class, make_edit, method_name
 from reftune.edits.base import Init
@@ -38,6 +47,9 @@ class ReftConfig(PeftConfig):
         ReftuneError: a field out of its range; the message names it and the way out. Fields that depend on the base
             model (layers, component, rank against width) are checked when the adapter meets it.
     """
+
+    weights_file: ClassVar[Path | None] = None
+    """Where the weights lie of a configuration that was read: what errors of loading name."""
 
     method: str | type[nn.Module] = field(
         default="loreft",
@@ -95,20 +107,40 @@ class ReftConfig(PeftConfig):
         default=False, metadata={"help": "Modules that share the embedding's weights share what is trained of it too."}
     )
 
+    def __new__(cls, *args: Any, **given: Any) -> ReftConfig:
+        """PEFT makes one of what a file holds, drops the fields it does not know, and takes defaults for the others."""
+        if "peft_type" in given:
+            check_config("", given)
+        return super().__new__(cls)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> ReftConfig:
+        """The configuration of an adapter folder or Hub repository (see ``PeftConfig.from_pretrained``).
+
+        Raises:
+            ReftuneError: naming the file and the field that is unknown, missing or without sense.
+        """
+        place = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except ReftuneError as error:
+            raise ReftuneError(f"{place / CONFIG_FILE}: {error}") from None
+        config.weights_file = place / WEIGHTS_FILE
+        return config
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ReftuneError(str(error)) from None
         self.peft_type = PeftType[REFT]
         if isinstance(self.method, type):
             self.method = method_name(self.method)
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ReftuneError(f"r={self.r!r}: the rank is a whole number of at least 1.")
-        self.positions = parse_positions(self.positions).text
         self.layers_to_transform = _layers(self.layers_to_transform)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ReftuneError(f"dropout={self.dropout}: must be at least 0 and below 1.")
-        for name, known in (("init", get_args(Init)), ("parametrization", get_args(Parametrization))):
-            if getattr(self, name) not in known:
-                raise ReftuneError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(known)}.")
+        check_fields("", vars(self))
+        self.positions = parse_positions(self.positions).text
         if issubclass(edit_class(self.method), Edit):
             with torch.random.fork_rng(devices=[]):  # a wrong option fails here, where it was written
                 make_edit(self.method, min(self.r, 8), min(self.r, 8), **self.options)
@@ -137,9 +169,24 @@ if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     PeftModel.from_pretrained = classmethod(load_or_leave(PeftModel.from_pretrained.__func__))  # type: ignore[method-assign]
 
 
-def _layers(layers: Any) -> int | list[int] | Literal["all"]:
-    if layers == "all" or (isinstance(layers, int) and not isinstance(layers, bool)):
-        return layers
-    if isinstance(layers, (list, tuple, range, set)) and layers and all(isinstance(n, int) for n in layers):
-        return sorted(layers) if isinstance(layers, set) else list(layers)
-    raise ReftuneError(f"layers_to_transform={layers!r}: give a layer number, a list of them, or 'all'.")
+def _layers(layers: Any) -> Any:
+    """Layers as a list, where they are a set, a range or the like."""
+    return sorted(layers) if isinstance(layers, set) else list(layers) if isinstance(layers, (tuple, range)) else layers
+
+
+def load_adapter(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
+    """Load a saved adapter onto its base model, with clear errors for what can be wrong with the folder.
+
+    Args:
+        model: the base model; **it is changed** (edits are attached to it).
+        folder: an adapter folder.
+        is_trainable: whether training goes on.
+
+    Raises:
+        ReftuneError: a folder, file or base model that does not fit.
+    """
+    read_weights(folder, read_adapter_config(folder))
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    except KeyError as error:  # PEFT looks for what a module that is trained whole must have
+        raise ReftuneError(f"{Path(folder) / WEIGHTS_FILE} holds no tensor {error}; save the adapter again.") from None

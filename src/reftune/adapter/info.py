@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 
-from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.adapter.checkpoint import LAYER, WEIGHTS_FILE, edit_tensors, read_adapter_config, read_weights
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
 
@@ -23,7 +21,6 @@ _READS = {
     "direft": "weight", "nodireft": "weight", "direft_orthogonal": "weight",
 }  # fmt: skip
 """What reads the coordinates in each linear edit, as a checkpoint holds it; B is its rotation or projection."""
-_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -80,26 +77,14 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
     """Read an adapter folder.
 
     Raises:
-        ReftuneError: no adapter there, or a damaged file.
+        ReftuneError: no adapter there, or files that loading it would refuse.
     """
     folder = Path(folder).expanduser()
     settings = read_adapter_config(folder)
-    check_weights_file(folder)
-    for name in ("method", "r", "component", "positions"):
-        if name not in settings:
-            raise ReftuneError(f"{folder / CONFIG_FILE} has no {name}; the adapter must be saved again.")
-    parse_positions(settings["positions"])
-    held: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for name, tensor in safetensors.deserialize((folder / WEIGHTS_FILE).read_bytes()):
-        if match := EDIT_KEY.match(name):
-            held.setdefault((match["block"], match["kind"]), {})[match["tensor"]] = _numbers(tensor)
-    if not held:
-        raise ReftuneError(f"{folder / WEIGHTS_FILE} holds no edits.")
-    untied = {block for block, kind in held if kind == "reft_suffix_edits"}
+    tensors = read_weights(folder, settings)
     edits = []
-    for (block, kind), tensors in held.items():
-        part = "suffix" if kind == "reft_suffix_edits" else "prefix" if block in untied else "both"
-        edits.append(_edit_info(settings, block, part, tensors))
+    for (block, part), names in edit_tensors(folder / WEIGHTS_FILE, settings, tensors).items():
+        edits.append(_edit_info(settings, block, part, {own: _numbers(tensors[name]) for own, name in names.items()}))
     edits.sort(key=lambda edit: (edit.layer if edit.layer is not None else -1, edit.block, edit.part))
     return AdapterInfo(folder, settings, edits, (folder / WEIGHTS_FILE).stat().st_size)
 
@@ -110,7 +95,7 @@ def _edit_info(settings: Mapping[str, Any], block: str, part: str, tensors: dict
         A, b, B = form
         linear = float(np.sqrt(max(0.0, np.sum((A @ A.T) * (B @ B.T)))))  # ||A^T B||, without its width x width numbers
         constant = float(np.linalg.norm(b @ B))
-    numbers = _LAYER.findall(f".{block}")
+    numbers = LAYER.findall(f".{block}")
     return EditInfo(
         block=block,
         layer=int(numbers[-1]) if numbers else None,
@@ -160,5 +145,5 @@ def _numbers(tensor: Mapping[str, Any]) -> np.ndarray:
     if kind == "BF16":
         values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
-        values = np.frombuffer(data, {"F64": np.float64, "F32": np.float32, "F16": np.float16}.get(kind, np.float32))
+        values = np.frombuffer(data, {"F64": np.float64, "F32": np.float32, "F16": np.float16}[kind])
     return values.astype(np.float64).reshape(tensor["shape"])

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, read_adapter_config, read_weights
 from reftune.edits import Edit
 from reftune.errors import ReftuneError
 
@@ -54,7 +54,7 @@ def start_from(model: PeftModel, folder: str | Path, adapter_name: str = "defaul
 def _added(folder: Path) -> dict[str, Tensor]:
     """What a `lobireft` adapter adds, by block path."""
     config = read_adapter_config(folder)
-    check_weights_file(folder)
+    read_weights(folder, config)
     if config.get("method") != "lobireft":
         raise ReftuneError(
             f"{folder / CONFIG_FILE}: method is {config.get('method')!r}; training starts from a direction, as "

@@ -23,6 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from reftune.adapter.checkpoint import CONFIG_FILE, not_finite
 from reftune.adapter.merging import merge_constant
 from reftune.engine.blocks import device_of, inside
 from reftune.engine.hooks import Engine
@@ -36,6 +37,7 @@ REFT = "REFT"
 """The adapter's kind, as PEFT and `adapter_config.json` have it."""
 _CONFIG_GIVEN: ContextVar[bool] = ContextVar("config_given", default=False)
 """Whether ``from_pretrained`` is loading with a configuration that was given to it in place of the folder's."""
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT adds to `modules_to_save` after the adapter is on the model."""
 
@@ -168,7 +170,11 @@ class ReftModel(BaseTuner):
         if adapter_name in engine.adapter_names():
             _delete_auxiliary_adapter(model, adapter_name, None)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            sites = engine.add(adapter_name, config.spec())
+            try:
+                sites = engine.add(adapter_name, config.spec())
+            except ReftuneError as error:
+                path = config.weights_file
+                raise error if path is None else ReftuneError(f"{path.parent / CONFIG_FILE}: {error}") from None
         self.targeted_module_names += [s.block_path for s in sites if s.block_path not in self.targeted_module_names]
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
@@ -471,40 +477,57 @@ def _rows_own_modules(
 
 
 def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Compare an adapter's tensors with the edits that the model has for it, before any is copied.
+    """Compare an adapter's tensors with what the model has for it, before any is copied.
 
-    PEFT copies what fits by name and warns about the rest, which would leave edits at random values.
+    PEFT copies what fits by name and warns about the rest, which would leave edits at random values, or write over the
+    base model.
 
     Args:
         model: the model or PEFT model with the adapter's edits in place.
-        config: the adapter's configuration, for the message.
+        config: the adapter's configuration, for the message; **it forgets its file**, which is read by now.
         adapter_name: the adapter's name on this model.
         tensors: tensors by the model's own parameter names.
 
     Raises:
-        ReftuneError: a tensor that is missing or of another shape.
+        ReftuneError: a tensor that is missing, foreign, of another shape, not of floats or not finite.
     """
-    marks = (f".reft_edits.{adapter_name}.", f".reft_suffix_edits.{adapter_name}.")
-    expected = {name: value for name, value in model.state_dict().items() if any(mark in name for mark in marks)}
-    base = getattr(config, "base_model_name_or_path", None)
     prefix = "base_model.model."
+    state = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
     given = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    for name, value in expected.items():
-        found = given.get(name.removeprefix(prefix))
+    marks = (f".reft_edits.{adapter_name}.", f".reft_suffix_edits.{adapter_name}.")
+    edits = [name for name in state if any(mark in f".{name}" for mark in marks)]
+    beside = tuple(_beside_edits(model, adapter_name))
+    path, config.weights_file = getattr(config, "weights_file", None), None
+    where = f"{path}: " if path is not None else ""
+    base = getattr(config, "base_model_name_or_path", None)
+    for name in [*edits, *(name for name in given if name not in edits)]:
+        found, value = given.get(name), state.get(name)
         if found is None:
             raise ReftuneError(
-                f"The adapter holds no tensor for {name.removeprefix(prefix)}: its file is incomplete, or it was "
-                f"trained on another base model than this one (trained on {base!r})."
+                f"{where}the adapter holds no tensor for {name}: its file is incomplete, or it was trained on another "
+                f"base model than this one (trained on {base!r})."
             )
+        if value is None or not (name in edits or name.startswith(beside)):
+            raise ReftuneError(f"{where}{name} is no tensor of this adapter; save the adapter again.")
         if found.shape != value.shape:
             raise ReftuneError(
-                f"The adapter's {name.removeprefix(prefix)} has shape {tuple(found.shape)}, this base model needs "
-                f"{tuple(value.shape)}: it was trained on another base model ({base!r}). Load that one."
+                f"{where}the adapter's {name} has shape {tuple(found.shape)}, this base model needs "
+                f"{tuple(value.shape)}: it was trained on another base model ({base!r}), or on one that had been "
+                "resized to a tokenizer, which must then be saved beside it."
             )
-    places = {name.removeprefix(prefix) for name in expected}
-    surplus = next((name for name in given if ".intervention.reft_" in f".{name}" and name not in places), None)
-    if surplus is not None:
-        raise ReftuneError(
-            f"The file holds {surplus}, for which adapter {adapter_name!r} has no edit: it is another adapter's. Load "
-            "it with the configuration that was saved beside it."
-        )
+        if found.dtype not in _FLOATS and value.is_floating_point():
+            raise ReftuneError(f"{where}{name} holds {found.dtype}, and {value.dtype} is needed; save it again.")
+        if not bool(found.isfinite().all()):
+            raise not_finite(path, name)
+
+
+def _beside_edits(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    """How names of tensors begin that lie beside edits: of whole modules, trained tokens, and resized embeddings."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    named = ("get_input_embeddings", "get_output_embeddings")
+    embeddings = [getattr(base, name)() for name in named if hasattr(base, name)]
+    for path, module in base.named_modules(remove_duplicate=False):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from (f"{path}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+        if any(module is one for one in embeddings):
+            yield f"{path}."

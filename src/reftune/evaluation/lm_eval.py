@@ -38,7 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reftune import models
-from reftune.adapter.checkpoint import load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import read_adapter_config
+from reftune.adapter.config import load_adapter
 from reftune.data.formats import Message
 from reftune.data.templates import render_prompt, turn_opening
 from reftune.engine.hooks import Engine

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from reftune import models
-from reftune.adapter.checkpoint import WEIGHTS_FILE, load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import WEIGHTS_FILE, read_adapter_config
+from reftune.adapter.config import load_adapter
 from reftune.data.classification import NUMBER, LabelScheme
 from reftune.data.collating import CompletionCollator
 from reftune.data.formats import LabelledText

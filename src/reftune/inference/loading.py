@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from reftune import models
-from reftune.adapter.checkpoint import CONFIG_FILE, check_weights_file, load_adapter, read_adapter_config
+from reftune.adapter.checkpoint import CONFIG_FILE, read_adapter_config, read_weights
+from reftune.adapter.config import load_adapter
 from reftune.adapter.tuner import ReftModel
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
@@ -104,7 +105,7 @@ def adapter_folder(folder: str | Path, model: str | None, *, classifier: bool) -
     """
     folder = Path(folder).expanduser()
     config = read_adapter_config(folder)
-    check_weights_file(folder)
+    read_weights(folder, config)
     if classifier and config.get("task_type") != "SEQ_CLS":
         raise ReftuneError(
             f"{folder / CONFIG_FILE}: task_type is {config.get('task_type')!r}, not 'SEQ_CLS': this adapter writes "

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_weights_file, read_adapter_config
+from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_weights
 from reftune.adapter.config import ReftConfig as AdapterConfig
 from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
@@ -149,7 +149,7 @@ def load_config(folder: Path, model: nn.Module) -> ReftConfig:
     positions = None
     for one in [folder] if (folder / CONFIG_FILE).is_file() else inner:
         raw = read_adapter_config(one)
-        check_weights_file(one)
+        read_weights(one, raw)
         config: Any = AdapterConfig.from_pretrained(str(one))
         positions = raw.get("positions", positions)
         tensors = {name.removeprefix("base_model.model."): t for name, t in load_file(one / WEIGHTS_FILE).items()}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reftune.adapter.checkpoint import CONFIG_FILE
+from reftune.adapter.checkpoint import CONFIG_FILE, not_finite
 from reftune.errors import ReftuneError
 from reftune.output.json_files import read_json_object
 from reftune.pyreft.config import Representation, read_component
@@ -120,6 +120,8 @@ def _to_ours(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             continue
         if name not in _NAMES:
             raise ReftuneError(f"{where}: holds {name!r}, which none of pyreft's six interventions has.")
+        if not value.is_floating_point():
+            raise ReftuneError(f"{where}: {name} holds {value.dtype} and no floating-point numbers: save it again.")
         value = value.float()
         found[_NAMES[name]] = value.mT.contiguous() if name == "rotate_layer" else value.contiguous()
     original = tensors.get(f"{_ORTHOGONAL}original", tensors.get(f"{_ORTHOGONAL}original0"))
@@ -144,10 +146,12 @@ def fill(edit: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy tensors into an edit.
 
     Raises:
-        ReftuneError: tensors missing, left over or of another shape.
+        ReftuneError: tensors missing, left over, of another shape or not finite.
     """
     expected = {name: tuple(value.shape) for name, value in edit.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in tensors.items()}
+    if bad := next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None):
+        raise not_finite(None, f"{where}: {bad}")
     if expected != given:
         raise ReftuneError(f"{where}: the tensors are {given}, and {type(edit).__name__} needs {expected}.")
     edit.load_state_dict(dict(tensors))

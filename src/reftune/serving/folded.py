@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,10 +30,13 @@ from torch import Tensor, nn
 
 from reftune.adapter.checkpoint import (
     CONFIG_FILE,
-    EDIT_KEY,
+    LAYER,
     WEIGHTS_FILE,
-    check_weights_file,
+    check_edit,
+    edit_tensors,
+    not_finite,
     read_adapter_config,
+    read_weights,
     trained_beside_edits,
 )
 from reftune.edits import Edit, FoldedEdit, RotatedEdit, edit_class, make_edit
@@ -42,7 +44,6 @@ from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.engine.positions import Part
 from reftune.errors import ReftuneError
 
-_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 _OPTIONS = ("act_fn", "add_bias")
 _Skeleton = tuple[nn.Module, dict[str, torch.Size]]
 
@@ -130,7 +131,7 @@ def read_folded(folder: str | Path) -> FoldedAdapter:
         raw = (folder / WEIGHTS_FILE).read_bytes()
         tensors = load(raw)
     except (OSError, SafetensorError, KeyError) as error:
-        check_weights_file(folder)
+        read_weights(folder, config)
         raise ReftuneError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save the adapter again.") from None
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
     digest.update(raw)
@@ -149,69 +150,46 @@ def fold_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     Raises:
         ReftuneError: as ``read_folded``.
     """
-    _check_fields(folder / CONFIG_FILE, config)
-    positions = parse_positions(config["positions"])
-    untied = config.get("share_weights", True) is False and positions.has_two_ends
-    grouped: dict[tuple[str, Part], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = EDIT_KEY.match(name)
-        if match is None or (match["kind"] == "reft_suffix_edits" and not untied):
-            raise ReftuneError(f"{folder / WEIGHTS_FILE}: {name} is no tensor of this adapter; save the adapter again.")
-        part: Part = "both" if not untied else "suffix" if match["kind"] == "reft_suffix_edits" else "prefix"
-        grouped.setdefault((match["block"], part), {})[match["tensor"]] = tensor
-    layers = config.get("layers_to_transform", "all")
-    blocks = list(dict.fromkeys(block for block, _ in grouped))
-    wanted = len(blocks) if layers == "all" else len(layers) if isinstance(layers, list) else 1
-    if not blocks or len(blocks) != wanted or len(grouped) != wanted * (2 if untied else 1):
+    if beside := trained_beside_edits(config):
         raise ReftuneError(
-            f"{folder / WEIGHTS_FILE} holds {len(grouped)} edits at {len(blocks)} places; "
-            f"layers_to_transform={layers!r} with share_weights={not untied} asks for others: the adapter was not "
-            "saved whole."
+            f"{folder / CONFIG_FILE}: {beside}: this adapter replaces weights of the base model, which requests of "
+            "other adapters use too. Serve it by itself, with PeftModel."
         )
+    path, positions = folder / WEIGHTS_FILE, parse_positions(config["positions"])
+    names = edit_tensors(path, config, tensors)
+    if foreign := tensors.keys() - {name for held in names.values() for name in held.values()}:
+        raise ReftuneError(
+            f"{path}: {min(foreign)} replaces an embedding of the base model, which requests of other adapters use "
+            "too. Serve it by itself, with PeftModel."
+        )
+    untied = not config["share_weights"] and positions.has_two_ends
+    grouped = {place: {own: tensors[name] for own, name in held.items()} for place, held in names.items()}
+    layers = config["layers_to_transform"]
     edits = tuple(_site_edit(folder, config, block, part, held) for (block, part), held in grouped.items())
-    base, component = config.get("base_model_name_or_path"), config.get("component", "block_output")
+    base, component = config.get("base_model_name_or_path"), config["component"]
     return FoldedAdapter(folder, digest, positions, untied, component, layers, base, edits)
 
 
-def _check_fields(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a configuration whose fields say nothing, or nothing that can be served from a bank."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "method": (str,), "r": (int,), "positions": (str,), "component": (str,), "share_weights": (bool,),
-        "layers_to_transform": (int, list, str),
-    }  # fmt: skip
-    required = ("method", "r", "positions")
-    for name, types in kinds.items():
-        value = config.get(name)
-        if (value is None and name in required) or (value is not None and not isinstance(value, types)):
-            raise ReftuneError(f"{path}: {name}={value!r} is no value for this field; the adapter must be saved again.")
-    if beside := trained_beside_edits(config):
-        raise ReftuneError(
-            f"{path}: {beside}: this adapter replaces weights of the base model, which requests of other adapters use "
-            "too. Serve it by itself, with PeftModel."
-        )
-
-
 def _site_edit(folder: Path, config: dict[str, Any], block: str, part: Part, held: dict[str, Tensor]) -> SiteEdit:
-    where = f"{folder / WEIGHTS_FILE}: the edit at {block or 'the model'}"
+    path = folder / WEIGHTS_FILE
     width = max((tensor.shape[-1] for tensor in held.values() if tensor.ndim), default=0)
     method, r = config["method"], config["r"]
-    names = _OPTIONS if _is_ours(method) else (*_OPTIONS, "init", "parametrization")
-    options = {name: config[name] for name in names if config.get(name)}
     with _drawing:
-        edit, shapes = _skeleton(method, width, r, options)
-        for name in sorted(shapes.keys() | held.keys()):
-            found, expected = held.get(name), shapes.get(name)
-            if found is None or expected is None or found.shape != expected or not found.is_floating_point():
-                what = "nothing" if found is None else f"shape {tuple(found.shape)} ({found.dtype})"
-                need = "nothing of that name" if expected is None else f"shape {tuple(expected)}"
-                raise ReftuneError(f"{where} holds {what} for {name}; method={method!r} with r={r} has {need}.")
+        try:
+            names = _OPTIONS if _is_ours(method) else (*_OPTIONS, "init", "parametrization")
+            options = {name: config[name] for name in names if config.get(name)}
+            edit, shapes = _skeleton(method, width, r, options)
+        except ReftuneError as error:
+            raise ReftuneError(f"{folder / CONFIG_FILE}: {error}") from None
+        check_edit(path, block, config, shapes, {name: (t.shape, str(t.dtype)) for name, t in held.items()})
         floats = {name: tensor.float() for name, tensor in held.items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in floats.values()):
-            raise ReftuneError(f"{where} holds values that are not finite: its training diverged. Train it again.")
+        for name, tensor in floats.items():
+            if not bool(tensor.isfinite().all()):
+                raise not_finite(path, f"{name} of the edit at {block or 'the model'}")
         edit.load_state_dict(floats, strict=False, assign=True)
         if isinstance(edit, RotatedEdit) and config.get("parametrization") == "householder":
             edit.trust_rotation()
-        numbers = _LAYER.findall(f".{block}")
+        numbers = LAYER.findall(f".{block}")
         layer = int(numbers[-1]) if numbers else None
         if isinstance(edit, Edit) and edit.folds:
             return SiteEdit(block, layer, part, edit.fold())

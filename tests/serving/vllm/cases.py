@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from reftune import ReftConfig
-from reftune.adapter.checkpoint import load_adapter
+from reftune.adapter.config import load_adapter
 from tests.cli.tiny_folder import tiny_tokenizer
 
 WIDTH, LAYERS = 64, 3
@@ -105,7 +105,7 @@ def load_peft(base: Any, path: str) -> Any:
         return PeftModel.from_pretrained(base, folder).eval()
     model = load_adapter(base, folder).eval()
     if scale:
-        model.base_model.set_scale("default", float(scale))
+        model.base_model.set_scale("default", float(scale))  # pyright: ignore[reportCallIssue]
     return model
 
 
