@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from reftune.training.checkpoints import incomplete_reason, last_complete_checkpoint
-from tests.cli.tiny_folder import write_rows
+from tests.cli.tiny_folder import save_tiny_model, write_rows
 
 
 @pytest.fixture
@@ -161,8 +161,55 @@ def test_debug_shows_the_traceback(cli, tmp_path: Path) -> None:
     assert result.exit_code != 0 and type(result.exception).__name__ == "ReftuneError"
 
 
+def train_again(recipe: Path) -> subprocess.CompletedProcess[str]:
+    """`reftune train` of a recipe in a process of its own."""
+    start = [sys.executable, "-W", "ignore", "-c", "from reftune.cli import main; main()"]
+    return subprocess.run([*start, "train", str(recipe), "--overwrite"], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"layers": 0}, "layers=1 before, 0 now"),
+        ({"positions": "l2"}, "positions='l1' before, 'l2' now"),
+        ({"rank": 3}, "rank=2 before, 3 now"),
+        ({"seed": 7}, "seed=42 before, 7 now"),
+        ({"optimizer": "sgd"}, "optimizer=None before, 'sgd' now"),
+        ({"template": "Q: %s"}, "template=None before"),
+        ({"train_file": "other rows"}, "other"),
+        ({"model": "the same shape with other weights"}, "other"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resuming_something_else_is_refused(
+    cli, trained: Path, tiny: Path, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(trained, folder)
+    if changed.get("train_file"):
+        changed = {"train_file": write_rows(tmp_path / "rows.csv", 13)}
+    elif changed.get("model"):
+        shutil.copytree(tiny, tmp_path / "base")
+        save_tiny_model(tmp_path / "base", seed=1)
+        changed = {"model": tmp_path / "base"}
+    flags = [part for name, value in changed.items() for part in (f"--{name.replace('_', '-')}", value)]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    refused(cli("train", trained / "run.yaml", "--output", folder, "--resume", "--epochs", "3", *flags), words)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_picture_that_cannot_be_drawn_loses_no_run(train, monkeypatch, tmp_path: Path) -> None:
+    def broken(*_: Any) -> None:
+        raise AttributeError("matplotlib is in pieces")
+
+    monkeypatch.setattr("reftune.training.plots.plot_loss", broken)
+    assert train().exit_code == 0
+    assert (tmp_path / "out" / "metrics.json").is_file() and not (tmp_path / "out" / "loss.png").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
-def test_ctrl_c_in_training_saves_and_says_how_to_go_on(cli, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_in_training_save_and_say_how_to_go_on(cli, tiny: Path, tmp_path: Path, stop: int) -> None:
     rows, out = write_rows(tmp_path / "many.csv", 400), tmp_path / "out"
     flags = f"--train-file {rows} --model {tiny} --output {out} --layers 1 --epochs 1000 --batch-size 4 --device cpu"
     start = [sys.executable, "-W", "ignore", "-c", "from reftune.cli import main; main()"]
@@ -172,10 +219,12 @@ def test_ctrl_c_in_training_saves_and_says_how_to_go_on(cli, tiny: Path, tmp_pat
         deadline = time.monotonic() + 200
         while last_complete_checkpoint(out) is None and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        second = train_again(out / "run.yaml")  # while the first is at it
+        process.send_signal(stop)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
+    assert second.returncode == 2 and "is being written by another run" in second.stderr
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     newest = last_complete_checkpoint(out)
