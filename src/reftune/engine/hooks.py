@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -394,6 +395,8 @@ class Engine:
     def _enter_block(
         self, intervention: Intervention, hands_on: bool, block: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> Any:
+        if not torch.compiler.is_compiling():
+            intervention.is_handed = PLAN in kwargs  # a stack may take any keyword and keep it to itself
         if PLAN in kwargs:
             if not self.planner.in_forward:  # the whole block is computed again, with its hooks
                 self.planner.hand(intervention, kwargs[PLAN])
@@ -412,6 +415,7 @@ class Engine:
     def _edit(
         self, intervention: Intervention, stack: str, path: str, side: str, is_handed: bool, hidden: Tensor
     ) -> Tensor:
+        is_handed = is_handed and intervention.is_handed
         return intervention.apply_at(path, side, hidden, self.planner.plan_at(intervention, stack, is_handed))
 
 
