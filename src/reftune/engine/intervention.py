@@ -51,7 +51,7 @@ class Intervention(nn.Module):
         self.placements: dict[str, Placement] = {}
         self.engine: Any = None
         self.paused: set[str] = set()
-        self.is_handed = False
+        self.is_handed = True
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
 
