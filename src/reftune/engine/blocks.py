@@ -178,9 +178,13 @@ class Block:
             raise MissingError(f"{path!r} is not a linear layer")
         return features
 
+    def attentions(self, cross: bool = False) -> list[str]:
+        """The modules that hold the projections of self- or cross-attention; a stage of blocks has several."""
+        return [p for p, m in self.modules.items() if is_attention(m) and bool(_CROSS.search(p)) == cross]
+
     def attention_or_none(self, cross: bool = False) -> str | None:
         """The module that holds the projections of self- or cross-attention."""
-        found = [p for p, m in self.modules.items() if is_attention(m) and bool(_CROSS.search(p)) == cross]
+        found = self.attentions(cross)
         if len(found) > 1:
             raise MissingError(f"it has several attention modules ({', '.join(found)}): name one by a module path")
         return found[0] if found else None
@@ -199,14 +203,13 @@ class Block:
 
     def output_projection(self, cross: bool = False) -> str:
         """In the attention module or, as in BERT, beside it."""
-        path = self._output_projection_or_none(cross)
+        attention = self.attention(cross)
+        path = self._output_projection_or_none(attention)
         if path is None:
-            attention = self.attention(cross)
             raise MissingError(f"no output projection was found for {attention!r}: name it by a module path")
         return path
 
-    def _output_projection_or_none(self, cross: bool) -> str | None:
-        path = self.attention(cross)
+    def _output_projection_or_none(self, path: str) -> str | None:
         while path:
             for name in _OUTPUT:
                 found = join(path, name)
@@ -223,12 +226,19 @@ class Block:
     def width(self) -> int:
         """Channels of the residual stream."""
         for cross in (False, True):
-            if self.attention_or_none(cross) is not None and (path := self._output_projection_or_none(cross)):
-                return self.features(path)[1]
+            for attention in self.attentions(cross):
+                if path := self._output_projection_or_none(attention):
+                    return self.features(path)[1]
         for name in ("hidden_size", "d_model", "n_embd", "dim"):
             if isinstance(width := getattr(self.config, name, None), int):
                 return width
         raise MissingError("the width of its residual stream is not known")
+
+    def width_after(self) -> int:
+        """Channels of what the block yields: a stage of a vision transformer may end in a layer that widens them."""
+        merging = self.modules.get("downsample")
+        linears = [f for m in merging.modules() if (f := linear_features(m))] if merging is not None else []
+        return linears[-1][1] if linears else self.width()
 
     def heads(self) -> int:
         """Number of (query) heads of self-attention."""
@@ -313,8 +323,14 @@ class Block:
             MissingError: The module works on something else than one vector per token, or its width is not known.
         """
         module = self.modules[""].get_submodule(path)
-        if not path:
-            return self.width()
+        if not path and any(map(self.attentions, (False, True))):
+            return self.width_after() if side == "output" else self.width()
+        if path and len(self.attentions()) > 1:  # a stage: the block of it, or what lies beside its blocks
+            steps = path.split(".")
+            for depth in range(1, len(steps) + 1):
+                part = Block(self.modules[""].get_submodule(join(*steps[:depth])), self.config)
+                if len(part.attentions()) <= 1:
+                    return part.channels(join(*steps[depth:]), side)
         if re.search(r"(^|\.)experts(\.|$)", path):
             raise MissingError(f"in {path!r} the tokens are regrouped by expert")
         if (width := leaf_channels(module, side)) is not None:

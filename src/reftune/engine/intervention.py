@@ -125,12 +125,28 @@ class Intervention(nn.Module):
             placement = self.placements[name]
             if placement.site.module_path != module_path or placement.site.side != side:
                 continue
+            _check_channels(placement.site, hidden)
             for part, edit in self.parts(name):
                 rows = plan.rows(placement.positions, part, hidden, name)
                 if rows is not None:
                     directions = plan.directions(rows, hidden, name)
                     hidden = edit_rows(hidden, edit, rows, placement.site.columns, placement.scale, directions)
         return hidden
+
+
+def _check_channels(site: Site, hidden: Tensor) -> None:
+    """Refuse states whose last dimension is not the site's channels (an image's maps have theirs second).
+
+    Raises:
+        ReftuneError: such states.
+    """
+    width, shape = site.width, hidden.shape
+    if (site.columns is None and shape[-1] != width) or (len(shape) == 4 and shape[1] == width):
+        raise ReftuneError(
+            f"component={site.component!r}: states of shape {tuple(shape)} pass the {site.side} of "
+            f"{site.module_path!r}, where (..., {width}) was expected: name a module whose {site.side} ends in its "
+            "channels."
+        )
 
 
 def edit_rows(

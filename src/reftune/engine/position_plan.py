@@ -56,7 +56,7 @@ class PositionPlan:
         self._directions = directions or {}
         self._keep_empty = keep_empty
         self.row_adapters = row_adapters
-        self._rows: dict[tuple[str, Part, str | None, torch.device], Rows] = {}
+        self._rows: dict[tuple[str, Part, str | None, torch.device, torch.Size], Rows] = {}
 
     def rows(self, positions: Positions, part: Part, hidden: Tensor, adapter: str = "default") -> Rows:
         """Flat token indices to edit, ``EVERY_ROW`` when that is all of them, None when there are none (see ``Rows``).
@@ -71,7 +71,7 @@ class PositionPlan:
             ReftuneError: the tensor does not hold this forward's tokens.
         """
         by_name = self.row_adapters or isinstance(self._mask, Mapping) or isinstance(self, PastPrompt)
-        key = (positions.text, part, adapter if by_name else None, hidden.device)
+        key = (positions.text, part, adapter if by_name else None, hidden.device, hidden.shape[:-1])
         if key not in self._rows:
             self._rows[key] = self._find(positions, part, hidden, adapter)
         return self._rows[key]

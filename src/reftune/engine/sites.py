@@ -192,7 +192,7 @@ def _locate(block: Block, name: str) -> tuple[str, Side, int, Columns | None]:
     """Module path inside the block, side, width and columns of a component without an argument."""
     match name:
         case "block_output":
-            return "", "output", block.width(), None
+            return "", "output", block.width_after(), None
         case "block_input":
             return "", "input", block.width(), None
         case "attention_input":
@@ -249,6 +249,8 @@ def _is_block_list(module: nn.Module, path: str, attentions: list[str]) -> bool:
         return False
     # A Sequential may also chain a whole model and its head: as a stack, every member has attention.
     members = [join(path, name) for name, _ in module.named_children()]
+    if any(isinstance(child, nn.ModuleList) for child in module.children()):
+        return False  # lists of lists (PVT): the inner ones hold the blocks that run
     return isinstance(module, nn.ModuleList) or all(any(inside(a, m) for a in attentions) for m in members)
 
 
@@ -292,7 +294,9 @@ def _path_sites(model: nn.Module, component: str, layers: Layers, stacks: list[S
     def site(layer: int | None, block: str, target: str, stack: Stack | None) -> Site:
         _refuse_unless_hookable(component, target, modules, stacks)
         if stack is None:
-            width = leaf_channels(modules[target], side)
+            width, inner = leaf_channels(modules[target], side), Block(modules[target], _config(model, target))
+            if width is None and any(map(inner.attentions, (False, True))):
+                width = inner.channels("", side)
             if width is None:
                 kind = type(modules[target]).__name__
                 raise ReftuneError(f"component={component!r}: the width of the {side} of a {kind} here is not known")
