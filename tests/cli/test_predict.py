@@ -55,6 +55,22 @@ def test_eval_measures_a_classifier_with_intervals(classifier: Path, cli, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("name", "held"), [("labels.jsonl", '{"text": "a", "label": "entailment"}\n'), ("labels.csv", "text,label\na,0\n")]
+)
+def test_predictions_replace_predictions_and_no_data(
+    classifier: Path, cli, tmp_path: Path, name: str, held: str
+) -> None:
+    file, out = write_jsonl(tmp_path / "new.jsonl", [{"sentence1": "rain", "sentence2": "fog"}]), tmp_path / name
+    out.write_text(held)
+    result = cli("predict", classifier / "out", "--file", file, "--out", out)
+    assert result.exit_code == 2 and "something else than such results" in result.stderr, result.output
+    assert out.read_text() == held
+    out.unlink()
+    for _ in range(2):
+        assert cli("predict", classifier / "out", "--file", file, "--out", out).exit_code == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--file", "nowhere.csv"], "nowhere.csv"),

@@ -218,3 +218,6 @@ def test_a_control_vector_goes_out_and_comes_in_again(steer, cli, pairs: Path, t
     refused(cli("steer", vector, "--model", other, "--output", tmp_path / "wide-out"), "width 16")
     refused(steer(pairs, "--layers", "0", "--gguf", tmp_path / "zero.gguf"), "layer 0")
     assert not (tmp_path / "zero.gguf").exists()
+    (notes := tmp_path / "notes.gguf").write_text("how to export a controlvector")
+    refused(steer(pairs, "--layers", "1", "--gguf", notes), "something else than such results")
+    assert notes.read_text() == "how to export a controlvector"

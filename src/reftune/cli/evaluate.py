@@ -15,7 +15,7 @@ from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.output import terminal
-from reftune.output.targets import check_file_target, check_folder_target
+from reftune.output.targets import check_file_target, check_folder_target, result_with
 from reftune.runs.recipe_values import option, read_columns, read_flags, typed_fields
 
 _HELD_OUT, _TASKS, _BOTH = "Held-out rows", "Tasks", "Options"
@@ -99,7 +99,7 @@ def evaluate(
             "--base-only scores tasks: give --task; with --test-file the base stands beside the edited model"
         )
     if options.out is not None:
-        check_file_target(Path(options.out), "--out", [options.test_file], ours='"test_file"')
+        check_file_target(Path(options.out), "--out", [options.test_file], ours=result_with("test_file"))
     from reftune.inference.classifying import is_classifier
 
     score = _score_classifier if is_classifier(folder) else _score_rows
@@ -109,7 +109,7 @@ def evaluate(
     if options.out is not None:
         from reftune.cli.results import write_out
 
-        record = {"test_file": options.test_file, **record}
+        record = {"adapter": str(folder), "test_file": options.test_file, **record}
         write_out(Path(options.out), json.dumps(record, indent=2, ensure_ascii=False) + "\n", console)
 
 
@@ -187,7 +187,7 @@ def _evaluate_tasks(folder: Path, task: str, options: EvalOptions, base_model: B
     if out is not None and out.is_file():
         raise ReftuneError(f"--out {out} is a file; with --task it is a folder")
     if out is not None:
-        check_folder_target(out, "--out ", [SUMMARY, "*.jsonl"], [folder, options.data])
+        check_folder_target(out, "--out ", ["*.settings.json"], [folder, options.data])
     if options.base_only:
         edited = base_alone(str(folder), base_model.dtype, base_model.device, options.chat_template_kwargs)
     else:

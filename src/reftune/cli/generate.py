@@ -55,10 +55,10 @@ def generate(
     from reftune.inference.generation import generate_answers
     from reftune.inference.loading import load_edited, recorded_run
     from reftune.inference.prompts import read_prompts, text_prompt, to_jsonl
-    from reftune.output.targets import check_file_target
+    from reftune.output.targets import check_file_target, result_with
 
     if out is not None:
-        check_file_target(out, "--out", [prompts_file], ours='"prompt"')
+        check_file_target(out, "--out", [prompts_file], ours=result_with("answer"))
     rows = [text_prompt(text, "--prompt") for text in prompt or []]
     if prompts_file is not None:
         rows += read_prompts(prompts_file, column, limit_rows, read_columns(recorded_run(folder).get("columns")))
@@ -81,7 +81,7 @@ def generate(
     if plain is not None:
         console.print(side_by_side([row.shown for row in rows], plain, written))
     if out is not None:
-        records = [{**row.row, "answer": text} for row, text in zip(rows, written, strict=True)]
+        records = [{**row.row, "answer": text, "adapter": str(folder)} for row, text in zip(rows, written, strict=True)]
         if plain is not None:
             records = [{**record, "base_answer": text} for record, text in zip(records, plain, strict=True)]
         write_out(out, to_jsonl(records), console, f"{len(records)} answers in")

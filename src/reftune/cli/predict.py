@@ -34,13 +34,13 @@ def predict(
     from reftune.cli.results import write_out
     from reftune.data.classification import read_texts
     from reftune.inference.classifying import as_csv, as_jsonl, load_classifier, predict, training_columns
-    from reftune.output.targets import check_file_target
+    from reftune.output.targets import check_file_target, result_with
 
     writers = {".jsonl": as_jsonl, ".csv": as_csv}
     if out is not None and out.suffix.lower() not in writers:
         raise ReftuneError(f"--out {out}: the extension says the form; name a .jsonl or a .csv file.")
     if out is not None:
-        check_file_target(out, "--out", [file], ours="label")
+        check_file_target(out, "--out", [file], ours=result_with("label"))
     known, names = training_columns(folder)
     rows = read_texts(
         file, columns=read_columns(columns) or known, names=names, split=split, limit=limit_rows, labelled=False
@@ -60,7 +60,7 @@ def predict(
     if len(rows) > _SHOWN:
         console.print(f"and {len(rows) - _SHOWN} more" + ("" if out else "; --out FILE.jsonl writes them all"))
     if out is not None:
-        write_out(out, writers[out.suffix.lower()](rows, found), console)
+        write_out(out, writers[out.suffix.lower()](rows, found, str(folder)), console)
 
 
 with_flags(predict, BASE_MODEL)

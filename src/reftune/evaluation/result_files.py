@@ -38,7 +38,7 @@ class ResultFile:
         with readable_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if told.is_file() and self.path.is_file():
-                _check_same(read_json_object(told, "delete it to start again"), settings, self.path)
+                _check_same(read_json_object(told, "give another --out"), settings, self.path)
                 self.records = _read(self.path)
             else:
                 self.path.unlink(missing_ok=True)

@@ -217,23 +217,24 @@ def training_columns(folder: str | Path) -> tuple[dict[str, str] | None, tuple[s
     return (columns if isinstance(columns, dict) else None), (task.columns if task else ())
 
 
-def as_jsonl(rows: Sequence[LabelledText], found: Sequence[Prediction]) -> str:
-    """One object a row: its texts, label, probability, and the probability of every class."""
+def as_jsonl(rows: Sequence[LabelledText], found: Sequence[Prediction], adapter: str) -> str:
+    """One object a row: its texts, label, probability, the probability of every class, and the classifier's name."""
     lines = []
     for row, prediction in zip(rows, found, strict=True):
         texts = {"text": row.text} if row.text_pair is None else {"text": row.text, "text_pair": row.text_pair}
-        lines.append(json.dumps({**texts, **prediction.as_dict()}, ensure_ascii=False))
+        lines.append(json.dumps({**texts, **prediction.as_dict(), "adapter": adapter}, ensure_ascii=False))
     return "\n".join(lines) + "\n"
 
 
-def as_csv(rows: Sequence[LabelledText], found: Sequence[Prediction]) -> str:
+def as_csv(rows: Sequence[LabelledText], found: Sequence[Prediction], adapter: str) -> str:
     """The same without the probabilities of the other classes."""
     pairs = any(row.text_pair is not None for row in rows)
     numbers = any(prediction.probability is None for prediction in found)
-    header = ["text", *(["text_pair"] if pairs else []), "label", *([] if numbers else ["probability"])]
+    header = ["text", *(["text_pair"] if pairs else []), "label", *([] if numbers else ["probability"]), "adapter"]
     written = io.StringIO()
     table = csv.DictWriter(written, header, extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     for row, prediction in zip(rows, found, strict=True):
-        table.writerow({"text": row.text, "text_pair": row.text_pair or "", **prediction.as_dict()})
+        texts = {"text": row.text, "text_pair": row.text_pair or ""}
+        table.writerow({**texts, **prediction.as_dict(), "adapter": adapter})
     return written.getvalue()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from reftune.errors import ReftuneError
 _OF_NO_ONE = {".gitkeep", ".gitignore", ".DS_Store", "lost+found"}
 
 
-def check_file_target(path: Path, flag: str, inputs: Iterable[Any] = (), ours: str = "") -> None:
+def check_file_target(path: Path, flag: str, inputs: Iterable[Any], ours: Callable[[Path], bool]) -> None:
     """Make sure that a file may be written, before anything is computed for it.
 
     Args:
         path: the file.
         flag: what named it, for the message (`--out`).
         inputs: what is read: names of files, or of anything else.
-        ours: what a file that this tool wrote contains near its beginning; a non-empty file without it is somebody's.
+        ours: whether a file that is not empty is such a result of this tool (`result_with`); others are somebody's.
 
     Raises:
         ReftuneError: a folder, a device, a link, an input, somebody's file, or a place where nothing can be written.
@@ -31,10 +32,26 @@ def check_file_target(path: Path, flag: str, inputs: Iterable[Any] = (), ours: s
     if kind is not None and stat.S_ISDIR(kind):
         raise ReftuneError(f"{where} is a folder; name a file.")
     _check_inputs(path, where, inputs)
-    if kind is not None and ours and path.stat().st_size:
-        with path.open("rb") as opened:
-            if ours.encode() not in opened.read(1 << 16):
-                raise ReftuneError(f"{where} holds something else than such results; name another file, or remove it.")
+    if kind is not None and path.stat().st_size and not ours(path):
+        raise ReftuneError(f"{where} holds something else than such results; name another file, or remove it.")
+
+
+def result_with(name: str) -> Callable[[Path], bool]:
+    """Whether a file's first record (JSON, a line or the whole; or a table's header) has this name and `adapter`.
+
+    Every result of a command says which adapter it is of; what somebody else wrote does not.
+    """
+    return lambda path: {name, "adapter"} <= _first_names(path)
+
+
+def _first_names(path: Path) -> set[str]:
+    with path.open("rb") as opened:
+        first = opened.readline()
+        try:
+            found = json.loads(first + opened.read() if first.strip() == b"{" else first)
+        except (ValueError, RecursionError):
+            return set(first.decode(errors="replace").strip().split(","))
+    return set(found) if isinstance(found, dict) else set()
 
 
 def check_folder_target(

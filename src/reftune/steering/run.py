@@ -38,7 +38,7 @@ from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
 from reftune.steering.states import mean_states
 from reftune.steering.strength import AgainstBase, edit_of, steered, strength_for
-from reftune.steering.vectors import read_vectors, write_vectors
+from reftune.steering.vectors import holds_vectors, read_vectors, write_vectors
 
 RESULT_FILE = "steer.json"
 _CANDIDATES = 4
@@ -95,7 +95,7 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     output = Path(settings.output).expanduser()
     check_folder_target(output, "output=", (RESULT_FILE,), [source, settings.neutral_file], settings.model)
     if settings.gguf:
-        check_file_target(Path(settings.gguf), "--gguf", [source, settings.neutral_file], ours="controlvector")
+        check_file_target(Path(settings.gguf), "--gguf", [source, settings.neutral_file], ours=holds_vectors)
     neutral = neutral_rows(settings.neutral_file)
     # What cannot be used is told before a model is loaded; answers to be written need one.
     vectors = read_vectors(source) if str(source).lower().endswith(".gguf") else None

@@ -51,6 +51,14 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
     return dict(sorted(vectors.items()))
 
 
+def holds_vectors(path: Path) -> bool:
+    """Whether a file is a control vector."""
+    try:
+        return bool(read_vectors(path))
+    except ReftuneError:
+        return False
+
+
 def write_vectors(path: str | Path, vectors: Mapping[int, Float[np.ndarray, " width"]], model_type: str) -> None:
     """Write vectors so that llama.cpp and repeng read them; **replaces the file**, whole.
 
