@@ -109,6 +109,12 @@ def test_reasoning_of_the_datas_own_is_learnt_once(name: str) -> None:
     assert learnt.removesuffix("<|im_end|>").rstrip("<|>a-z_").count(ANSWER) == 1
 
 
+def test_reasoning_of_the_datas_own_follows_a_generation_prompt_that_opens_it_with_nothing_between() -> None:
+    example = Example((Message("user", "Hi"),), "<think>\nbecause\n</think>\n\nA")
+    prompt, answer = ChatTemplate(_tokenizer("qwen3_8")).turn(example)
+    assert (prompt + answer).endswith("assistant\n<think>\nbecause\n</think>\n\nA<|im_end|>")
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "glm4moe", "nemotron_3_nano", "idefics3", "llama3"])
 def test_an_answer_is_shown_without_what_the_template_puts_before_it(name: str) -> None:
     encoding = Encoding(_tokenizer(name))

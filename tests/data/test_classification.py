@@ -116,3 +116,15 @@ def test_the_whole_input_is_the_prompt_and_its_first_token_is_the_classifiers() 
     assert tokenizer.decode(single["input_ids"]) == "<s>abc</s>"
     assert (pair["prompt_length"], single["prompt_length"]) == (8, 5)
     assert (pair["labels"], single["labels"]) == (0, 1)
+
+
+def test_a_number_among_names_is_a_name_and_a_missing_one_is_told(tmp_path: Path) -> None:
+    rows = [LabelledText("a", "x"), LabelledText("b", 1)]
+    scheme = label_scheme(rows)
+    assert scheme.names == ("1", "x") and [scheme.read(row).label for row in rows] == ["x", "1"]
+    ids = [LabelledText("a", 0), LabelledText("b", 2.0), LabelledText("c", "1")]
+    assert [label_scheme(ids).read(row).label for row in ids] == ["0", "2", "1"]
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,1.0\nb,NaN\nc,0.0\n")
+    with pytest.raises(ReftuneError, match=r"rows.csv, row 3.*label"):
+        read_texts(path)

@@ -183,3 +183,43 @@ def test_a_row_is_the_same_prompt_to_answer_as_to_learn_from(row: dict[str, Any]
     answers = ("completion", "output", "label")
     unanswered = {key: value for key, value in row.items() if key not in answers}
     assert read_prompts(read_rows([unanswered]))[0].messages == example.messages
+
+
+@pytest.mark.parametrize("left_out", [{"weight": 0}, {"loss": False}, {"train": "false"}, {"weight": "0"}])
+def test_a_row_that_says_so_is_left_out_of_what_is_learnt(left_out: dict[str, Any]) -> None:
+    rows = [{"prompt": "q", "completion": "a", **left_out}, {"prompt": "r", "completion": "b"}]
+    assert [example.completion for example in read_examples(rows)] == ["b"]
+    conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    learnt = {"messages": [conversation[0], {"role": "assistant", "content": "b"}]}
+    assert [e.completion for e in read_examples([{"messages": conversation, **left_out}, learnt])] == ["b"]
+    assert [e.completion for e in read_examples([{"prompt": "q", "completion": "a", "weight": 0.5}])] == ["a"]
+    mapped = [{"prompt": "q", "train": "false"}]  # a text of the row, not a mark
+    assert [e.completion for e in read_examples(mapped, columns={"completion": "train"})] == ["false"]
+
+
+def test_a_system_column_beside_a_system_message_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("system", "S2"), ("user", "q"), ("assistant", "a"))]
+    (example,) = read_examples([{"system": "S1 of this test", "messages": turns}])
+    assert [turn.content for turn in example.messages] == ["S2", "q"]
+    assert "'system' is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}]},
+            r"row 1.*\[0\].*missing",
+        ),
+        ({"conversations": [{"from": "human", "value": float("nan")}, {"from": "gpt", "value": "a"}]}, r"row 1.*\[0\]"),
+        ({"instruction": "q", "output": "a", "history": [["x", None]]}, r"row 1.*history.*\[0\] lacks"),
+    ],
+)
+def test_a_turn_whose_text_is_missing_is_no_empty_turn(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(ReftuneError, match=words):
+        read_examples([row])
+
+
+def test_tools_that_are_none_written_as_text_are_none() -> None:
+    (example,) = read_examples([{"prompt": "q", "completion": "a", "tools": " [] "}])
+    assert example.tools == ()

@@ -148,3 +148,13 @@ def test_quotes_that_a_spreadsheet_put_around_fields_of_a_tsv_file_are_taken_off
     assert _tsv(tmp_path, 'text\tlabel\n"He said ""hi"""\t1\nb\t0\n')[0] == ['He said "hi"', "1"]
     assert _tsv(tmp_path, 'text\tlabel\n"two\nlines"\t1\nb\t0\n') == [["two\nlines", "1"], ["b", "0"]]
     assert _tsv(tmp_path, '"text"\t"label"\n"a"\t"1"\n') == [["a", "1"]]
+
+
+@pytest.mark.parametrize("written", ["NaN", "nan", "<NA>", " NaT "])
+@pytest.mark.parametrize("mark", [",", "\t"])
+def test_what_pandas_writes_for_a_missing_value_is_missing(tmp_path: Path, written: str, mark: str) -> None:
+    path = tmp_path / ("rows.csv" if mark == "," else "rows.tsv")
+    path.write_text(f"text{mark}label\na{mark}1\nb{mark}{written}\nNancy{mark}2\n")
+    assert [row.values for row in read_rows(path)] == [
+        {"text": "a", "label": "1"}, {"text": "b", "label": None}, {"text": "Nancy", "label": "2"},
+    ]  # fmt: skip

@@ -99,9 +99,9 @@ class ChatTemplate:
             kept = "it is learnt as it stands in the data" if own_reasoning else "it is learnt so"
             tell_once(logger, f"The chat template writes the answer {answer_text[:60]!r} as {written[:60]!r}: {kept}")
         if own_reasoning and (doubled or not _is_in(Message("user", answer_text.partition("</think>")[0]), written)):
-            prompt = _THINK_TAGS.sub("", begun.prompt)  # in place of the template's empty one
-            text = prompt + _THINK_TAGS.sub("", begun.opening) + answer_text + begun.tail
-            prompt = begun.prompt if text.startswith(begun.prompt) else prompt
+            # In place of the template's empty one, which may begin in the prompt and end in the opening.
+            text = _THINK_TAGS.sub("", begun.prompt + begun.opening) + answer_text + begun.tail
+            prompt = begun.prompt if text.startswith(begun.prompt) else _THINK_TAGS.sub("", begun.prompt)
             written = text[len(prompt) :]
         return prompt, self._ended(written, begun.tail)
 

@@ -45,6 +45,11 @@ class LabelScheme:
         return not self.names
 
     @property
+    def numbered(self) -> bool:
+        """Whether the names are the ids themselves."""
+        return self.names == tuple(map(str, range(len(self.names))))
+
+    @property
     def outputs(self) -> int:
         """Outputs of the head."""
         return len(self.names) or 1
@@ -61,8 +66,8 @@ class LabelScheme:
             if number is None:
                 raise ReftuneError(f"{row.where}: label {label!r} is not a number, and a number is to be predicted")
             return replace(row, label=number)
-        if isinstance(label, str) and label in self.names:
-            return row
+        if str(label) in self.names and not self.numbered:
+            return replace(row, label=str(label))
         number = _as_number(label)
         if number is not None and number.is_integer() and 0 <= number < len(self.names):
             return replace(row, label=self.names[int(number)])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from reftune.data.messages import ROLES, Message, as_text, read_message, read_tools
+from reftune.data.messages import ROLES, Message, as_text, left_out, read_message, read_tools
 from reftune.data.reading import RawRow, Source, read_rows
 from reftune.errors import ReftuneError, tell_once
 
@@ -171,9 +171,23 @@ class _Fields:
             raise ReftuneError(f"{self.row.where}: {self.name(field)} is {kind}; give a list of messages")
         return [read_message(item, f"{self.row.where}: {self.name(field)}[{i}]") for i, item in enumerate(value)]
 
+    def left_out(self) -> bool:
+        """Whether the row says that it is not to be learnt, in a column that is not one of its texts."""
+        used = set(self.columns.values())
+        return left_out({name: value for name, value in self.row.values.items() if name not in used})
+
     def system(self) -> list[Message]:
         text = self.optional_text("system")
         return [Message("system", text)] if text.strip() else []
+
+    def with_system(self, turns: list[Message]) -> list[Message]:
+        """The turns behind the row's system message, unless they have one of their own."""
+        own, first = self.system(), turns[0]
+        if first.role != "system":
+            return [*own, *turns]
+        if own and own[0].content.strip() != first.content.strip():
+            tell_once(logger, f"{self.row.source}: rows have a system message of their own, so 'system' is not used")
+        return turns
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         for field, wrapped in (("tools", True), ("functions", False)):
@@ -215,7 +229,7 @@ def _examples(fields: _Fields, shape: Shape) -> Iterator[Example]:
         if turn.role != "assistant" or not any(earlier.role == "user" for earlier in turns[:index]):
             continue
         found = True
-        if turn.learnt:
+        if turn.learnt and not fields.left_out():
             yield Example(tuple(turns[:index]), turn.content, where, tools, turn.more)
     if not found:
         raise ReftuneError(
@@ -225,7 +239,7 @@ def _examples(fields: _Fields, shape: Shape) -> Iterator[Example]:
 
 def _prompt_completion(fields: _Fields, answered: bool) -> list[Message]:
     if fields.listed("prompt"):
-        turns = [*fields.system(), *_as_context(fields.messages("prompt"))]
+        turns = fields.with_system(_as_context(fields.messages("prompt")))
     else:
         turns = [*fields.system(), Message("user", fields.text("prompt"))]
     if not answered:
@@ -261,6 +275,8 @@ def _history(fields: _Fields) -> list[Message]:
             continue
         if not isinstance(item, list) or len(item) != 2:
             raise ReftuneError(f"{where}[{index}] is {item!r:.60}; give [question, answer]")
+        if None in item:
+            raise ReftuneError(f"{where}[{index}] lacks a text: {item!r:.60}; give [question, answer]")
         question, answer = (as_text(text, f"{where}[{index}][{side}]") for side, text in enumerate(item))
         turns += [Message("user", question), Message("assistant", answer)]
     return _as_context(turns)
@@ -275,7 +291,7 @@ def _conversation(field: str) -> Callable[[_Fields, bool], list[Message]]:
                 if not answered and index == len(found) - 1:
                     break  # it is to be written
                 raise ReftuneError(f"{where}: the assistant's turn (the completion) is empty")
-        return found if found[0].role == "system" else [*fields.system(), *found]
+        return fields.with_system(found)
 
     return turns
 

@@ -64,6 +64,8 @@ def read_message(item: Any, where: str) -> Message:
     if role is None:
         raise ReftuneError(f"{where}: {role_key}={item[role_key]!r} is not a role; use one of {', '.join(ROLES)}")
     content = item.get(content_key)
+    if content is None and role != "assistant":
+        raise ReftuneError(f"{where}: {content_key!r} of the {role} is missing; write a text or delete the turn")
     if isinstance(content, list):  # OpenAI's content parts
         for part in content:
             if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
@@ -95,7 +97,7 @@ def read_tools(value: Any, where: str, wrapped: bool = True) -> tuple[Mapping[st
     Raises:
         ReftuneError: they are something else.
     """
-    if value in (None, "", [], {}):
+    if value in (None, "", [], {}) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null")):
         return ()
     tools = _objects(value, where)
     return tuple(tools if wrapped else ({"type": "function", "function": tool} for tool in tools))
@@ -114,6 +116,11 @@ def as_text(value: Any, where: str) -> str:
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return str(value)
     raise ReftuneError(f"{where} is a {type(value).__name__}; give text")
+
+
+def left_out(row: Mapping[str, Any]) -> bool:
+    """Whether a row says of itself that it is not to be learnt: `weight: 0`, `loss: false`, `train: false`."""
+    return any(str(row.get(key, 1)).strip().lower() in ("0", "0.0", "false") for key in _LEARNT)
 
 
 def _learnt(item: Mapping[str, Any], where: str) -> bool:

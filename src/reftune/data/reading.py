@@ -21,6 +21,8 @@ Source = Any
 """A path, a Hub name ("owner/name" or "owner/name:config"), a `datasets.Dataset`, a DataFrame or other table, lists by
 column, or an iterable of mappings."""
 
+_MISSING = ("NaN", "nan", "<NA>", "NaT")
+"""How pandas and numpy write a value that is missing."""
 _LIST_KEYS = ("data", "rows", "examples", "train")
 _ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -166,7 +168,8 @@ def _delimited_rows(path: Path, delimiter: str, records: list[list[str]]) -> Ite
                 f"{path}, row {number}: {len(record)} fields where the header has {len(header)}; "
                 "put quotes around text that contains the separator"
             )
-        yield RawRow(str(path), number, dict(zip(header, record, strict=True)))
+        cells = (None if cell.strip() in _MISSING else cell for cell in record)
+        yield RawRow(str(path), number, dict(zip(header, cells, strict=True)))
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
