@@ -260,11 +260,48 @@ def test_states_of_two_dimensions_are_edited_everywhere_or_where_a_mask_says(kin
         model(X, intervention_mask=torch.ones(4, 2))
 
 
+@pytest.mark.parametrize("kind", ["attach", "peft"])
+def test_a_vector_by_itself_is_one_state(kind: str) -> None:
+    torch.manual_seed(0)
+    base, X = Mlp(), torch.randn(3, 10)
+    plain = base(X)
+    config: dict[str, Any] = {"component": "lin0", "positions": "all", "r": 2, "init": "paper"}
+    model: Any = base
+    if kind == "attach":
+        reftune.attach(base, **config)
+    else:
+        model = get_peft_model(base, reftune.ReftConfig(**config))
+    expected = model(X)  # what its rows are edited to, one by one
+    assert not torch.allclose(expected, plain)
+    for x, edited, unedited in zip(X, expected, plain, strict=True):
+        torch.testing.assert_close(model(x), edited)
+        for mask in (torch.tensor(1), torch.ones(1), torch.ones(1, 1)):
+            torch.testing.assert_close(model(x, intervention_mask=mask), edited)
+            torch.testing.assert_close(model(x, intervention_mask=0 * mask), unedited)
+
+
+def test_tokens_without_a_batch_are_edited_everywhere() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.lin = nn.Embedding(9, 10), nn.Linear(10, 4)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.lin(self.embedding(input_ids))
+
+    model, tokens = Embedded(), torch.arange(6)
+    plain = model(tokens)
+    with reftune.attach(model, component="embedding", positions="all", r=2, init="paper"):
+        torch.testing.assert_close(model(tokens), model(tokens[None])[0])
+        assert ((model(tokens) - plain).abs().amax(-1) > 1e-6).all()
+
+
 def test_states_without_tokens_in_an_order_have_no_last_one() -> None:
     model = Mlp()
     reftune.attach(model, component="lin0", positions="l1", r=2)
-    with pytest.raises(ReftuneError, match=r"positions='all'.*intervention_mask"):
-        model(torch.randn(9, 10))
+    for shape in ((9, 10), (10,)):
+        with pytest.raises(ReftuneError, match=r"positions='all'.*intervention_mask"):
+            model(torch.randn(shape))
     model(torch.randn(9, 10), intervention_mask=torch.ones(9))
 
 

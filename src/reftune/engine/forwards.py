@@ -97,7 +97,7 @@ def token_arguments(
     labels = arguments.get("labels")
     if tokens is None and prefix and isinstance(labels, Tensor):
         tokens = labels
-    if tokens is None:
+    if tokens is None or tokens.ndim < 2:
         return None
     found: dict[str, Any] = {
         "batch": tokens.shape[0],

@@ -99,13 +99,14 @@ class PositionPlan:
         tokens = hidden.numel() // hidden.shape[-1]
         layout = self._layout
         if layout is None or (positions.everywhere and layout.attended.numel() != tokens):  # states other than tokens
-            if given is None and hidden.ndim == 2 and not positions.everywhere:
+            if given is None and hidden.ndim < 3 and not positions.everywhere:
                 raise ReftuneError(
                     f"positions={positions.text!r}: states of shape {tuple(hidden.shape)} are no tokens in an order. "
                     "Use positions='all', or pass an intervention_mask (batch,)."
                 )
-            layout = whole_rows(hidden.shape[0], tokens // max(1, hidden.shape[0]), hidden.device)
-        selected = layout.selected(positions, part) if given is None else given.reshape(given.shape[0], -1)
+            batch = hidden.shape[0] if hidden.ndim > 1 else 1  # a vector by itself is one state
+            layout = whole_rows(batch, tokens // max(1, batch), hidden.device)
+        selected = layout.selected(positions, part) if given is None else given.reshape(*given.shape[:1] or (1,), -1)
         if selected.numel() != tokens:
             what = "intervention_mask has shape" if given is not None else "This forward has tokens of shape"
             shape = tuple(given.shape if given is not None else selected.shape)
