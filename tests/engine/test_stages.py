@@ -39,8 +39,8 @@ def edit_paths(model: Any) -> list[str]:
     return [path for path, _ in model.named_modules() if path.endswith("reft_edits.default")]
 
 
-@pytest.mark.parametrize("kind", ["Swin", "Swinv2"])
-@pytest.mark.parametrize("depths", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("kind", ["Swin", "Swinv2", "DonutSwin"])
+@pytest.mark.parametrize("depths", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("positions", ["all", "l1", "f2"])
 def test_a_stages_edits_have_the_channels_and_the_states_of_their_side(kind, depths, positions) -> None:
     model = swin(kind, depths)
@@ -90,18 +90,46 @@ def test_modules_inside_a_stage_are_named_by_path(component: str, width: int) ->
         assert torch.equal(model(IMAGE).last_hidden_state, plain)
 
 
-def test_states_that_do_not_end_in_their_channels_are_refused() -> None:
+def segformer() -> Any:
     sizes: dict[str, Any] = {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
-    model = tf.SegformerModel(tf.SegformerConfig(**sizes)).eval()
-    for component in ("block_output", "block_input"):  # maps of (batch, channels, height, width)
-        with reftune.attach(model, component=component, positions="all", r=2):
-            with pytest.raises(ReftuneError, match="ends in its channels"):
-                model(IMAGE)
-    with reftune.attach(model, component="mlp_output", positions="l1", r=2, init="paper"):
-        model(IMAGE)
+    return tf.SegformerModel(tf.SegformerConfig(**sizes)).eval()
+
+
+def pvt_v2() -> Any:
+    sizes: dict[str, Any] = {"hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
+    return tf.PvtV2Model(tf.PvtV2Config(**sizes)).eval()
+
+
+def cvt() -> Any:
+    return tf.CvtModel(tf.CvtConfig(embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 2, 3])).eval()
+
+
+@pytest.mark.parametrize("make", [segformer, pvt_v2, cvt])
+@pytest.mark.parametrize("component", ["block_output", "block_input"])
+@pytest.mark.parametrize("layers", [[0], [1], "all"])
+def test_stages_that_pass_maps_are_refused_when_the_adapter_is_made(make, component, layers) -> None:
+    model = make()  # their states are (batch, channels, height, width)
+    with pytest.raises(ReftuneError, match="do not end in their channels|no list of blocks"):
+        reftune.attach(model, component=component, layers_to_transform=layers, positions="all", r=2)
+    assert not edit_paths(model)
+
+
+def test_states_that_do_not_end_in_their_channels_are_refused() -> None:
+    with reftune.attach(segformer(), component="mlp_output", positions="l1", r=2, init="paper") as attached:
+        attached.engine.model(IMAGE)
     with reftune.attach(swin(), component="encoder.layers.0.downsample:input", positions="all", r=2) as attached:
         with pytest.raises(ReftuneError, match="ends in its channels"):
             attached.engine.model(IMAGE)
+
+
+@pytest.mark.parametrize("component", ["mlp_output", "attention_output", "query_output"])
+def test_all_leaves_out_no_stage_that_has_several_such_places(component: str) -> None:
+    model = swin(depths=(2, 1))
+    for layers in ("all", [0]):
+        with pytest.raises(ReftuneError, match="layer 0 .* several attention modules"):
+            reftune.attach(model, component=component, layers_to_transform=layers, positions="all", r=2)
+    with reftune.attach(model, component=component, layers_to_transform=[1], positions="all", r=2):
+        model(IMAGE)
 
 
 def test_a_list_of_lists_is_no_stack_of_blocks() -> None:

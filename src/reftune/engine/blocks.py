@@ -56,6 +56,10 @@ class MissingError(ReftuneError):
     """This block has no such part; other blocks of the model may have it."""
 
 
+class UnclearError(MissingError):
+    """This block has such a part, but not one of tokens and channels: not to be passed over where all are meant."""
+
+
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module of the architecture with its path: linear layers as one, whatever wraps them; no interventions."""
     yield path, module
@@ -186,7 +190,7 @@ class Block:
         """The module that holds the projections of self- or cross-attention."""
         found = self.attentions(cross)
         if len(found) > 1:
-            raise MissingError(f"it has several attention modules ({', '.join(found)}): name one by a module path")
+            raise UnclearError(f"it has several attention modules ({', '.join(found)}): name one by a module path")
         return found[0] if found else None
 
     def attention(self, cross: bool = False) -> str:
@@ -234,9 +238,20 @@ class Block:
                 return width
         raise MissingError("the width of its residual stream is not known")
 
-    def width_after(self) -> int:
-        """Channels of what the block yields: a stage of a vision transformer may end in a layer that widens them."""
-        merging = self.modules.get("downsample")
+    def width_at(self, side: Literal["input", "output"]) -> int:
+        """Channels of what the block reads or yields: a stage of a vision transformer may end in a layer that widens.
+
+        Raises:
+            UnclearError: A stage that convolves by itself, which passes maps (batch, channels, height, width).
+        """
+        attentions = [*self.attentions(), *self.attentions(cross=True)]
+        for name, child in self.modules[""].named_children():
+            if not any(inside(attention, name) for attention in attentions) and any(map(_is_patching, child.modules())):
+                raise UnclearError(
+                    f"its {name!r} convolves images, so its states are maps that do not end in their channels: "
+                    "name a module inside it by a path"
+                )
+        merging = self.modules.get("downsample") if side == "output" else None
         linears = [f for m in merging.modules() if (f := linear_features(m))] if merging is not None else []
         return linears[-1][1] if linears else self.width()
 
@@ -302,7 +317,8 @@ class Block:
         outputs = mixtures + downs
         if len(outputs) != 1:
             there = f"there are several ({', '.join(outputs)})" if outputs else "there is none"
-            raise MissingError(f"it should have one feed-forward output, but {there}: name one by a module path")
+            kind = UnclearError if outputs else MissingError
+            raise kind(f"it should have one feed-forward output, but {there}: name one by a module path")
         if mixtures:
             return mixtures[0], mixtures[0]
         down, inner = downs[0], linears[downs[0]][0]
@@ -324,7 +340,7 @@ class Block:
         """
         module = self.modules[""].get_submodule(path)
         if not path and any(map(self.attentions, (False, True))):
-            return self.width_after() if side == "output" else self.width()
+            return self.width_at(side)
         if path and len(self.attentions()) > 1:  # a stage: the block of it, or what lies beside its blocks
             steps = path.split(".")
             for depth in range(1, len(steps) + 1):
@@ -361,6 +377,11 @@ class Block:
             for path, module in self.modules.items()
             if (features := linear_features(module)) and not any(inside(path, w) for w in without)
         }
+
+
+def _is_patching(module: nn.Module) -> bool:
+    """Whether this mixes all channels of an image's neighbouring places, as a patch embedding does."""
+    return isinstance(module, nn.Conv2d | nn.Conv3d) and module.groups == 1
 
 
 def _ends_with(path: str, name: str) -> bool:

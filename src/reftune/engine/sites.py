@@ -41,6 +41,7 @@ from reftune.engine.blocks import (
     Block,
     Columns,
     MissingError,
+    UnclearError,
     inside,
     is_attention,
     join,
@@ -192,9 +193,9 @@ def _locate(block: Block, name: str) -> tuple[str, Side, int, Columns | None]:
     """Module path inside the block, side, width and columns of a component without an argument."""
     match name:
         case "block_output":
-            return "", "output", block.width_after(), None
+            return "", "output", block.width_at("output"), None
         case "block_input":
-            return "", "input", block.width(), None
+            return "", "input", block.width_at("input"), None
         case "attention_input":
             return block.attention(), "input", block.attention_width(), None
         case "attention_output" | "cross_attention_output":
@@ -218,7 +219,7 @@ def _collect(site: Callable[[int], Site], layers: Layers, count: int, component:
             sites.append(site(layer))
         except MissingError as reason:
             refusal = f"component={component!r}: layer {layer} of this model has no such place: {reason}"
-            if layers != "all":
+            if layers != "all" or isinstance(reason, UnclearError):
                 raise ReftuneError(refusal) from None
     if not sites:
         raise ReftuneError(refusal)
