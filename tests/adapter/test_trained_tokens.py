@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import reftune
+from reftune.adapter.config import load_adapter
+from reftune.adapter.info import read_adapter_info
+from reftune.serving.folded import read_folded
 from tests.adapter.test_tuner import logits, shake
 from tests.tiny_models import TINY
 
@@ -80,3 +84,78 @@ def test_tokens_and_a_whole_head_of_the_same_weights_are_refused_before_anything
         get_peft_model(model, config(**fields))
     assert not any("intervention" in name or "modules_to_save" in name for name, _ in model.named_modules())
     assert get_peft_model(base(tied=False), config(**fields)) is not None
+
+
+@pytest.mark.parametrize("tied", TIED, ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 5]},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_was_saved_with_the_embeddings_loads(tied: bool, fields: dict, tmp_path: Path):
+    model = get_peft_model(
+        base(tied), config(**fields, ensure_weight_tying=tied and "modules_to_save" in fields)
+    ).eval()
+    shake(model)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    for load in (
+        lambda: PeftModel.from_pretrained(base(tied), str(tmp_path)),
+        lambda: load_adapter(base(tied), tmp_path),
+    ):
+        assert torch.equal(logits(load()), logits(model))
+    assert read_adapter_info(tmp_path).edits
+    with pytest.raises(reftune.ReftuneError, match="Serve it by itself, with PeftModel"):
+        read_folded(tmp_path)
+
+
+def test_embeddings_fit_whichever_adapters_wrap_them(tmp_path: Path):
+    model = get_peft_model(base(tied=False), config(modules_to_save=["lm_head"])).eval()
+    model.add_adapter("plain", config())
+    model.set_adapter("plain")
+    shake(model)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=True, selected_adapters=["plain"])
+    again = PeftModel.from_pretrained(base(tied=False), str(tmp_path / "plain"))
+    assert torch.equal(logits(again), logits(model))
+    again = get_peft_model(base(tied=False), config(modules_to_save=["lm_head"]))
+    again.load_adapter(str(tmp_path / "plain"), "plain")
+    again.set_adapter("plain")
+    assert torch.equal(logits(again.eval()), logits(model))
+
+
+def resized(dtype: torch.dtype = torch.float32) -> Any:
+    model = base(tied=False).to(dtype)
+    model.resize_token_embeddings(model.config.vocab_size + 5)
+    return model
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("here", [torch.float32, torch.float16], ids=str)
+def test_rows_of_new_tokens_come_with_the_adapter(saved: torch.dtype, here: torch.dtype, tmp_path: Path):
+    model = get_peft_model(resized(saved), config())
+    model.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    again = PeftModel.from_pretrained(resized(here), str(tmp_path))
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        found, expected = (getattr(one, name)().weight[-5:] for one in (again, model))
+        assert torch.equal(found, expected.to(here))
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(0, 1), slice(7, 8)], ids=str)
+@pytest.mark.parametrize("embedding", ["lm_head", "model.embed_tokens"])
+def test_embeddings_of_another_base_are_refused_where_nothing_says_that_they_were_trained(
+    rows: slice, embedding: str, tmp_path: Path
+):
+    get_peft_model(base(tied=False), config()).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    weight = base(tied=False).get_submodule(embedding).weight.detach().clone()
+    save_file(load_file(path) | {f"base_model.model.{embedding}.weight": weight}, path)
+    PeftModel.from_pretrained(base(tied=False), str(tmp_path))
+    weight[rows] *= 1.01
+    save_file(load_file(path) | {f"base_model.model.{embedding}.weight": weight}, path)
+    model = base(tied=False)
+    with pytest.raises(reftune.ReftuneError, match=f"{path}: {embedding}.weight is not this base model's"):
+        PeftModel.from_pretrained(model, str(tmp_path))
+    assert torch.equal(logits(model), logits(base(tied=False)))

@@ -28,6 +28,8 @@ EDIT_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<block>.*?)\.?intervention\.(?P<kind>reft_edits|reft_suffix_edits)\.(?P<tensor>\w+)$"
 )
 """A tensor of an edit in a weights file: its block's path, which of an untied pair it belongs to, and its own name."""
+WRAPPING = re.compile(r"\.(?:original_module|token_adapter|base_layer|modules_to_save)(?=\.)")
+"""What PEFT puts into a module's path where an adapter trains the module, or some of its rows."""
 LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 """The numbers in a module's path; the last is the block's."""
 TENSORS = {
@@ -289,6 +291,6 @@ def _lies_beside(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor that is no edit's may be in the file: of a module trained whole, or of a resized embedding."""
     if config.get("trainable_token_indices") and "trainable_tokens" in name:
         return True
-    module = name.rpartition(".")[0].rpartition(".")[2]
+    module = WRAPPING.sub("", name).rpartition(".")[0].rpartition(".")[2]
     embeds = "emb" in module or module in _HEADS
     return embeds or any(f"{saved}." in name for saved in config.get("modules_to_save") or ())
