@@ -18,7 +18,7 @@ def save_adapter(model: nn.Module, folder: Path, seed: int = 0, strength: float 
         torch.manual_seed(seed)
         peft = get_peft_model(model, reftune.ReftConfig(init="paper", **config))  # type: ignore[arg-type]
         for name, parameter in peft.named_parameters():
-            if "intervention." in name and not name.endswith(("rotation", "reflectors")):
+            if "intervention." in name and not name.endswith(("rotation", "reflectors", "basis")):
                 parameter.data.normal_(0.0, strength)
     peft.save_pretrained(str(folder))
     peft.unload()

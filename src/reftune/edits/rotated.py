@@ -125,7 +125,7 @@ class RotatedEdit(Edit):
         """**Makes `rotation` orthonormal now**, or what the reflectors stand for; idempotent."""
         if self.parametrization == "householder":
             self._follow_loaded_rotation()
-            if not self.rotation.is_meta:
+            if not self.rotation.is_meta and not self.basis.is_meta:
                 dtype = torch.promote_types(self.reflectors.dtype, torch.float32)
                 with torch.no_grad(), _WRITING:
                     stored, self._around = self._stored(), self._identify(self.reflectors)

@@ -13,16 +13,16 @@ How positions are written is in ``position_grammar.py``.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.utils import logging
 
 from reftune.engine.position_grammar import Positions
-from reftune.errors import ReftuneError
+from reftune.errors import ReftuneError, tell_once
 
 Part = Literal["both", "prefix", "suffix"]
 IGNORED_LABEL = -100
@@ -32,7 +32,7 @@ SEVERAL_TURNS = (
     "before its first answer, whereas in use each answer's own prompt is edited. Make one row an answer, as "
     "`reftune train` does, or use positions='all'."
 )
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def read_layout(
             "prompt/completion data), pass prompt_lengths, or use positions='all'."
         )
     if must_know_prompt is not None and bool(_supervised_again(supervised, attended, ordinal, lengths).any()):
-        logger.warning_once(SEVERAL_TURNS)
+        tell_once(logger, SEVERAL_TURNS)
     return TokenLayout(attended, ordinal, lengths)
 
 
