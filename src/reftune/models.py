@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from reftune.errors import ReftuneError
 from reftune.output.files import write_failure
 from reftune.output.json_files import read_json_object
+from reftune.output.targets import refuse_dangling
 
 if TYPE_CHECKING:
     import torch
@@ -305,6 +306,7 @@ def _auto_class(task: str) -> Any:
 
 def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
+        refuse_dangling(path)
         raise ReftuneError(f"model {str(path)!r}: there is no such file{_near(path)}")
     if importlib.util.find_spec("gguf") is None:
         raise ReftuneError(
@@ -350,6 +352,7 @@ def _check_folder(name: str, path: Path) -> str:
     if path.is_file():
         raise ReftuneError(f"model {name!r} is a file; give a model folder, a .gguf file or a Hub name")
     if not path.exists():
+        refuse_dangling(path)
         looks_local = name.startswith((".", "/", "~")) or os.sep * 2 in name or name.count("/") > 1 or not name.strip()
         if looks_local:
             raise ReftuneError(f"model {name!r}: there is no such folder{_near(path)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,64 @@ def test_an_output_that_is_not_ours_to_write(kind: str, cli: Any, rows: Path, ti
     refused(
         cli("train", "--train-file", rows, "--model", tiny, "--output", out, "--overwrite"), tmp_path, held(tmp_path)
     )
+
+
+@pytest.mark.parametrize("name", ["dang", "dang.csv", "folder/rows.csv"])
+def test_a_link_to_nowhere_is_told_as_one(name: str, cli: Any, tiny: Path, tmp_path: Path) -> None:
+    link = tmp_path / name.split("/")[0]
+    link.symlink_to(tmp_path / "gone")
+    result = cli("train", "--train-file", tmp_path / name, "--model", tiny, "--output", tmp_path / "out")
+    refused(result, tmp_path, held(tmp_path))
+    assert f"{link} is a link to {tmp_path / 'gone'}, where nothing is" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "model", "generate"])
+def test_other_inputs_that_are_links_to_nowhere(command: str, cli: Any, rows: Path, tmp_path: Path) -> None:
+    link = tmp_path / "dang"
+    link.symlink_to(tmp_path / "gone")
+    given = {
+        "train": ["train", link],
+        "model": ["train", "--train-file", rows, "--model", link, "--output", tmp_path / "out"],
+        "generate": ["generate", link, "--prompt", "hi"],
+    }
+    result = cli(*given[command])
+    refused(result, tmp_path, {str(link)})
+    assert "where nothing is" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoint-999/x", "checkpoint-{n}/keep.txt", "runs/notes.txt"])
+def test_a_run_does_not_remove_what_no_run_wrote(name: str, cli: Any, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    newest = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    mine = out / name.format(n=newest)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    before = sorted(path for path in out.rglob("*"))
+    result = cli("train", out / "run.yaml", "--output", out)
+    assert result.exit_code == 2 and str(mine.relative_to(out)) in result.stderr, result.output
+    assert sorted(path for path in out.rglob("*")) == before and mine.read_text() == "mine"
+    mine.unlink()
+    assert cli("train", out / "run.yaml", "--output", out).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "template: 5", "template: true", "template: [x]", "template: {a: b}", "template: nowhere", "system_prompt: [x]",
+        "system_prompt: true", "dtype: [x]", "quantization: 3bit", "chat_template_kwargs: 5", "columns: true",
+    ],
+)  # fmt: skip
+def test_a_recorded_value_of_the_wrong_type(
+    line: str, command: str, cli: Any, trained: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained / name, out / name)
+    (out / "run.yaml").write_text(line + "\n")
+    rest = ["--prompt", "hi"] if command == "generate" else ["--test-file", rows]
+    result = cli(command, out, *rest)
+    refused(result, tmp_path, held(tmp_path))
+    assert f"{out / 'run.yaml'}: {line.split(':')[0]}=" in result.stderr, result.stderr

@@ -183,3 +183,23 @@ def test_the_command_line_tells_each_trial_and_the_best(recipe: Path, tmp_path: 
     assert missing.exit_code == 2 and "there is no such file" in missing.stderr
     help_text = CliRunner().invoke(app, ["sweep", "--help"], env={"COLUMNS": "200"}).stdout
     assert "--trials" in help_text and "default: 30" in help_text and "--more" in help_text and "MINUTES" in help_text
+
+
+def test_half_a_last_line_of_the_journal_is_passed_over(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    swept(recipe, trials=2)
+    journal = tmp_path / "out" / "study.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    result = swept(recipe, trials=3)
+    assert len(result.trials) == 3 and "its last line is cut off" in caplog.text
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+def test_a_journal_that_ends_in_something_else_is_refused_and_left(recipe: Path, tmp_path: Path) -> None:
+    swept(recipe, trials=2)
+    journal = tmp_path / "out" / "study.jsonl"
+    journal.write_bytes(content := journal.read_bytes() + b"notes")
+    with pytest.raises(reftune.ReftuneError, match="study.jsonl is damaged"):
+        swept(recipe, trials=3)
+    assert journal.read_bytes() == content

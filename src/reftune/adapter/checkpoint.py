@@ -18,6 +18,7 @@ from safetensors import SafetensorError, deserialize
 from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
 from reftune.output.json_files import read_json_object
+from reftune.output.targets import refuse_dangling
 
 if TYPE_CHECKING:
     from reftune.engine.positions import Part
@@ -69,6 +70,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / CONFIG_FILE
     if not path.is_file():
+        refuse_dangling(path)
         what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_FILE}"
         raise ReftuneError(f"{folder}: {what}; give the --output folder of `reftune train`, or a saved adapter.")
     config = read_json_object(path, "the adapter must be saved again")

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from reftune.data.values import check_text, parse_json, plain
 from reftune.errors import ReftuneError
+from reftune.output.targets import refuse_dangling
 
 Source = Any
 """A path, a Hub name ("owner/name" or "owner/name:config"), a `datasets.Dataset`, a DataFrame or other table, lists by
@@ -70,6 +71,7 @@ def _read_path(name: str, split: str) -> list[RawRow]:
     if path.is_dir():
         return _read_folder(path, split)
     if not path.exists():
+        refuse_dangling(path)
         if reader is None and _HUB_NAME.fullmatch(name):
             return _read_hub(name, split)
         raise ReftuneError(f"{name}: there is no such file{_near(path)}")

@@ -20,14 +20,14 @@ _PLACEHOLDER = re.compile(r"%s|\{prompt\}|\{system\}")
 logger = logging.getLogger(__name__)
 
 
-def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+def resolve_template(tokenizer: PreTrainedTokenizerBase | None, template: str | None) -> str | None:
     """Return the raw template to fill, or None where the tokenizer's chat template is used.
 
     Raises:
         ReftuneError: `template` does not hold exactly one `%s` or `{prompt}`.
     """
     if template is None:
-        if tokenizer.chat_template:
+        if tokenizer is not None and tokenizer.chat_template:
             return None
         tell_once(logger, f"The tokenizer has no chat template and none was given: prompts become {DEFAULT_TEMPLATE!r}")
         return DEFAULT_TEMPLATE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,32 @@ from reftune import models
 from reftune.adapter.checkpoint import CONFIG_FILE, read_adapter_config, read_weights
 from reftune.adapter.config import load_adapter
 from reftune.adapter.tuner import ReftModel
+from reftune.data.templates import resolve_template
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
-from reftune.runs.recipe import RUN_FILE
-from reftune.runs.recipe_values import read_chat_template_kwargs, read_yaml
+from reftune.runs.recipe import RUN_FILE, TrainRecipe
+from reftune.runs.recipe_values import (
+    coerce,
+    read_chat_template_kwargs,
+    read_columns,
+    read_labels,
+    read_yaml,
+    told_at,
+    typed_fields,
+)
 
 logger = logging.getLogger(__name__)
 
 _NO_LIMIT = 10_000_000
 """Tokenizers without a limit state an enormous one."""
+_TEXTS = ("model", "dtype", "template", "system_prompt")
+_CHOICES = ("quantization", "glue", "metric", "max_length")
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "columns": read_columns,
+    "labels": read_labels,
+    "chat_template_kwargs": read_chat_template_kwargs,
+}
+"""What inference reads of `run.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +158,32 @@ def recorded_encoding(
 
 
 def recorded_run(folder: Path) -> dict[str, Any]:
-    """The `run.yaml` of an output folder, or of the one that a checkpoint lies in; empty where there is none."""
+    """The `run.yaml` of an output folder, or of the one that a checkpoint lies in; empty where there is none.
+
+    Raises:
+        ReftuneError: it cannot be read, or a key that inference reads is not of its type; names the file and the key.
+    """
     for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         if (place / RUN_FILE).is_file():
-            return read_yaml(place / RUN_FILE)
+            with told_at(str(place / RUN_FILE)):
+                return _checked(read_yaml(place / RUN_FILE))
     return {}
+
+
+def _checked(recorded: dict[str, Any]) -> dict[str, Any]:
+    for item, kind in typed_fields(TrainRecipe):
+        value = recorded.get(item.name)
+        if value is None:
+            continue
+        if item.name in _READERS:
+            recorded[item.name] = _READERS[item.name](value)
+        elif item.name in _TEXTS and not isinstance(value, str):
+            raise ReftuneError(f"{item.name}={value!r}: give text.")
+        elif item.name in _CHOICES:
+            recorded[item.name] = coerce(item, kind, value)
+    if recorded.get("template") is not None:
+        resolve_template(None, recorded["template"])
+    return recorded
 
 
 def within_context(encoding: Encoding, base: Any) -> Encoding:

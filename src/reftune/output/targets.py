@@ -36,6 +36,17 @@ def check_file_target(path: Path, flag: str, inputs: Iterable[Any], ours: Callab
         raise ReftuneError(f"{where} holds something else than such results; name another file, or remove it.")
 
 
+def refuse_dangling(path: Path) -> None:
+    """Refuse a link to where nothing is.
+
+    Raises:
+        ReftuneError: naming the link and what it leads to.
+    """
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise ReftuneError(f"{link} is a link to {os.readlink(link)}, where nothing is: mend or remove the link")
+
+
 def result_with(name: str) -> Callable[[Path], bool]:
     """Whether a file's first record (JSON, a line or the whole; or a table's header) has this name and `adapter`.
 

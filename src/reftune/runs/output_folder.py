@@ -23,13 +23,13 @@ from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
 from reftune.runs.fingerprint import FINGERPRINT_FILE, write_fingerprint
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
-from reftune.training.checkpoints import damaged_checkpoints, last_complete_checkpoint
+from reftune.training.checkpoints import damaged_checkpoints, foreign_files, last_complete_checkpoint
 
 METRICS_FILE, CARD_FILE, CURVE_FILE = "metrics.json", "README.md", "loss.png"
 _UNFINISHED, _STAGED, _LOGS = ".unfinished-adapter", ".unfinished-run", "runs"
 _OURS = (RUN_FILE, METRICS_FILE, LOCK_FILE, _STAGED, "checkpoint-*")
 """What a folder holds that a run may write into."""
-_REPLACED = ("checkpoint-*", "*_predictions.jsonl", _LOGS)
+_REPLACED = ("checkpoint-*", "test*_predictions.jsonl", _LOGS)
 """What an earlier run may have left that a new one need not have."""
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,16 @@ def check_output(recipe: TrainRecipe) -> OutputPlace:
             if any(fnmatch(part, pattern) for part in first for pattern in (*_OURS, *_REPLACED)):
                 raise ReftuneError(f"output={recipe.output!r} would replace {name}, which is read: name another.")
     refuse_if_locked(output)
+    if not recipe.resume:
+        foreign = [file for old in sorted(output.glob("checkpoint-*")) for file in foreign_files(old)]
+        logs = sorted((output / _LOGS).rglob("*"))
+        foreign += [file for file in logs if not file.is_dir() and "tfevents" not in file.name]
+        if foreign:
+            shown = ", ".join(str(file.relative_to(output)) for file in foreign[:3])
+            raise ReftuneError(
+                f"output={recipe.output!r} holds what no run wrote and a new one would remove ({shown}"
+                f"{', ...' if foreign[3:] else ''}): move it away, or name another folder."
+            )
     return _place(recipe, output)
 
 

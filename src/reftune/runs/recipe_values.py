@@ -18,6 +18,7 @@ import yaml
 from reftune.data.classification import NUMBER
 from reftune.data.values import parse_json
 from reftune.errors import ReftuneError
+from reftune.output.targets import refuse_dangling
 
 _Made = TypeVar("_Made")
 _MOST = 10**12
@@ -111,6 +112,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ReftuneError: no such file, not YAML, or no mapping.
     """
     if not path.is_file():
+        refuse_dangling(path)
         close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
         near = f"; near it: {', '.join(close)}" if close else ""
         raise ReftuneError(f"recipe {path}: there is no such file{near}.")

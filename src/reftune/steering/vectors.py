@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from reftune.errors import ReftuneError
 from reftune.output.files import replaced
+from reftune.output.targets import refuse_dangling
 
 _NAME = re.compile(r"direction\.([1-9]\d{0,4})")
 _KIND = "controlvector"
@@ -28,6 +29,7 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
     """
     gguf, path = _gguf(), Path(path).expanduser()
     if not path.is_file():
+        refuse_dangling(path)
         raise ReftuneError(f"{path}: there is no such file.")
     try:
         reader = gguf.GGUFReader(str(path))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +20,12 @@ from reftune.sweeps.space import Space, draw_distinct, settings_key
 
 JOURNAL_FILE = "study.jsonl"
 _NAME = "sweep"
+_BEGINNING = b'{"op_code":'
+"""Of each line of the journal."""
 _DRAWN_FIRST = 10
 """Trials whose settings are chance; the sampler learns from them."""
+
+logger = logging.getLogger(__name__)
 
 
 def require_packages() -> None:
@@ -59,6 +66,7 @@ class Study:
         self._seed = sweep.base.seed
         self._drawn_first = min(_DRAWN_FIRST, max(1, sweep.options.trials // 3))
         journal = folder / JOURNAL_FILE
+        _drop_half_line(journal)
         try:
             storage = JournalStorage(JournalFileBackend(str(journal)))
             self.study: Any = optuna.create_study(storage=storage, study_name=_NAME, load_if_exists=True)
@@ -155,6 +163,26 @@ class Study:
         evaluator = self._optuna.importance.FanovaImportanceEvaluator(seed=self._seed)
         found = self._optuna.importance.get_param_importances(self.study, evaluator=evaluator)
         return {name: float(value) for name, value in found.items()}
+
+
+def _drop_half_line(journal: Path) -> None:
+    """**Remove** what a crash left of the last line; Optuna reads over it, but would write its next line behind it."""
+    content = journal.read_bytes() if journal.is_file() else b""
+    last = content[content.rfind(b"\n", 0, -1) + 1 :]
+    try:
+        json.loads(last)
+        whole = last.endswith(b"\n")
+    except ValueError:
+        whole = False
+    if not whole and last.startswith(_BEGINNING[: len(last)]):
+        if last:
+            logger.warning("%s: its last line is cut off, as after a crash, and is passed over", journal)
+            os.truncate(journal, len(content) - len(last))
+    elif not whole:
+        raise ReftuneError(
+            f"{journal} is damaged (its last line is none of a sweep): start again with --overwrite, or name another "
+            "output."
+        )
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

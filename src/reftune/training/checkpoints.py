@@ -78,6 +78,22 @@ def written_files(folder: Path) -> dict[str, int]:
     }
 
 
+def foreign_files(folder: Path) -> list[Path]:
+    """What lies in a ``checkpoint-N`` and was not written by this trainer: everything, where there is no record."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder]
+    held = [file for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    if not (folder / RUN_STATE_NAME).is_file():
+        return held
+    try:
+        files = read_json_object(folder / RUN_STATE_NAME)["files"]
+    except (ReftuneError, KeyError):  # damaged, or written by several processes, which list none
+        return []
+    known = {*files, TRAINER_STATE_NAME, RUN_STATE_NAME}
+    names = [(file, file.relative_to(folder).as_posix()) for file in held]
+    return [file for file, name in names if name not in known and not name.startswith("rng_state")]
+
+
 def _is_whole_zip(file: Path) -> bool:
     """Whether every entry of a file that torch.save wrote is there and has its checksum."""
     try:
