@@ -125,6 +125,10 @@ class intervene:  # noqa: N801 - a context manager, named as a verb
     Sources run when the block is entered, on the model as it then is. ``collected(i)`` gives the states before the i-th
     intervention in the latest forward, (batch, n, width), with gradient if gradients are on.
 
+    It acts in its own thread alone: forwards of other threads run as if it were not there, and so does a ``generate``
+    that is started in a helper thread to stream its text; open the ``with`` block in the thread that calls the model.
+    A second thread that enters one on the same model waits until the first has left.
+
     Args:
         model: any ``nn.Module``; in evaluation mode, as dropout would make each run differ.
         *interventions: applied in this order where locations meet.

@@ -2,7 +2,8 @@
 
 What a frozen network computes below the first changed layer is what it computed in the base run. ``Recording`` keeps
 the outputs of the blocks; within ``resume`` the blocks below a layer return what was recorded. Their
-``forward`` is shadowed and nothing else, so that hooks on them still fire and the model is as before on exit.
+``forward`` is shadowed and nothing else, so that hooks on them still fire and the model is as before on exit. Both
+act on forwards of their own thread alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from reftune.causal.interchange import Run, call, intervene
 from reftune.causal.session import Stop
+from reftune.engine.hooks import OwnThread, StandIn
 from reftune.engine.sites import Site, Stack
 
 Pick = Callable[[Tensor], Tensor]
@@ -46,12 +48,14 @@ class Recording:
         self.model, self.stack = model, stack
         self.batch = batch_of(what)
         self._outputs: dict[int, Any] = {}
-        wanted = set(layers)
+        wanted, thread = set(layers), OwnThread()
         if not wanted:
             return
 
         def keep(layer: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if not thread.here:
+                    return
                 self._outputs[layer] = output
                 if len(self._outputs) == len(wanted):
                     raise Stop
@@ -95,19 +99,14 @@ class Recording:
             yield
             return
         recorded = self._outputs[first - 1]
-        shadowed: list[tuple[nn.Module, Any]] = []
-        for layer in range(first):
-            block = self.model.get_submodule(self.stack.block_paths[layer])
-            shadowed.append((block, block.__dict__.get("forward")))
-            last = layer == first - 1
-            block.__dict__["forward"] = _replay(self._picked(recorded, pick) if last else recorded)
+        blocks = [self.model.get_submodule(path) for path in self.stack.block_paths[:first]]
+        outputs = [*[recorded] * (first - 1), self._picked(recorded, pick)]
+        replays = [_Replay(block, output) for block, output in zip(blocks, outputs, strict=True)]
         try:
             yield
         finally:
-            for block, before in shadowed:
-                del block.__dict__["forward"]
-                if before is not None:
-                    block.__dict__["forward"] = before
+            for replay in replays:
+                replay.remove()
 
     def _picked(self, output: Any, pick: Pick) -> Any:
         if isinstance(output, Tensor):
@@ -127,11 +126,16 @@ def _joined(parts: list[tuple[Any, int]]) -> Any:
     return first
 
 
-def _replay(output: Any) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return output
+class _Replay(StandIn):
+    """Stands in for a block's ``forward``, which it does not run."""
 
-    return forward
+    def __init__(self, block: nn.Module, output: Any) -> None:
+        self.output, self.thread = output, OwnThread()
+        super().__init__(block, "forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The recorded output."""
+        return self.output if self.thread.here else self.original(*args, **kwargs)
 
 
 def batch_of(what: Run) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,11 +14,19 @@ from torch import Tensor, nn
 from reftune.causal.actions import Action, keep
 from reftune.causal.locations import Location, Units, units
 from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.engine.hooks import DirectForward, edit_passing
+from reftune.engine.hooks import CHANGING, DirectForward, OwnThread, StandIn, edit_passing, hook_before
 from reftune.engine.intervention import edit_rows
 from reftune.engine.positions import TokenLayout, read_layout
 from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def _turn(model: nn.Module) -> threading.RLock:
+    """Held by the thread whose sessions the model has: they nest, while those of two threads would not."""
+    with CHANGING:
+        return _TURNS.setdefault(model, threading.RLock())
 
 
 class Stop(Exception):
@@ -117,8 +127,29 @@ class Bound:
         return flat.view(len(counts), -1, flat.shape[-1])
 
 
+class _Generate(StandIn):
+    """Stands in for ``model.generate`` while a session is open."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        super().__init__(session.model, "generate")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``, with the prompt remembered: positions are the prompt's."""
+        session = self.session
+        if not session.thread.here:
+            return self.original(*args, **kwargs)
+        session.prompt = generation_prompt(session.model, args, kwargs)[0]
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            session.prompt = None
+
+
 class Session:
     """All interventions on one model at a time; a context manager, within which the model is hooked.
+
+    It acts on the forwards of the thread that made it. Another thread that enters one waits until this one is left.
 
     Args:
         model: the root module.
@@ -129,15 +160,16 @@ class Session:
     def __init__(self, model: nn.Module, bound: Sequence[Bound], cells: int = 1) -> None:
         self.model, self.bound, self.cells = model, list(bound), cells
         self.stop_after: set[int] = set()
+        self.thread = OwnThread()
+        self.prompt: Tensor | None = None
         self._handles: list[Any] = []
         self._layouts: dict[str, tuple[TokenLayout, int]] = {}
-        self._prompt: Tensor | None = None
-        self._shadowed: Any = None
         self._begun = False
 
     def __enter__(self) -> None:
         """Hook the model; **changes it** until the end of the ``with`` block."""
-        self._handles.append(self.model.register_forward_pre_hook(self._enter, with_kwargs=True))
+        _turn(self.model).acquire()
+        self._handles.append(hook_before(self.model, self._enter))
         self._handles.append(self.model.register_forward_hook(self._leave, always_call=True))
         places: dict[tuple[str, str], list[int]] = {}
         for index, bound in enumerate(self.bound):
@@ -145,35 +177,24 @@ class Session:
         for (path, side), members in places.items():
             self._handles.append(edit_passing(self.model.get_submodule(path), side, partial(self._edit, members)))
         if hasattr(type(self.model), "generate"):
-            self._shadowed = self.model.__dict__.get("generate")
-            self.model.__dict__["generate"] = self._generate
-        self._forward = DirectForward(self.model, self._begins)
+            self._handles.append(_Generate(self))
+        self._handles.append(DirectForward(self.model, self._begins))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forward.remove()
-        if hasattr(type(self.model), "generate"):
-            del self.model.__dict__["generate"]
-            if self._shadowed is not None:
-                self.model.__dict__["generate"] = self._shadowed
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``generate``, with the prompt remembered: positions are the prompt's."""
-        self._prompt = generation_prompt(self.model, args, kwargs)[0]
-        try:
-            if self._shadowed is not None:
-                return self._shadowed(*args, **kwargs)
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            self._prompt = None
+        _turn(self.model).release()
 
     def _begins(self) -> bool:
+        if not self.thread.here:
+            return True
         begun, self._begun = self._begun or not self._handles, False
         return begun
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.thread.here:
+            return
         for bound in self.bound:
             bound.begin()
         self._layouts, self._begun = {}, True
@@ -182,7 +203,7 @@ class Session:
             roles = {"encoder": "encoder", "decoder": "decoder"}
         arguments = bind(module, args, kwargs)
         for stack, role in roles.items():
-            # Whether a plain forward is a decoding step cannot be told here; only `_generate` knows of prompts.
+            # Whether a plain forward is a decoding step cannot be told here; only `_Generate` knows of prompts.
             found = token_arguments(arguments, role, module, needs_prompt=False)
             if found is None:
                 continue
@@ -194,16 +215,19 @@ class Session:
             self._layouts[stack] = (TokenLayout(layout.attended, layout.ordinal, length), past)
 
     def _prompt_length(self, layout: TokenLayout, past: int, role: Role) -> Tensor | None:
-        if self._prompt is None or role == "encoder":
+        if self.prompt is None or role == "encoder":
             return None
         batch = layout.attended.shape[0]
-        lengths = self._prompt.sum(-1, keepdim=True).to(layout.attended.device)
+        lengths = self.prompt.sum(-1, keepdim=True).to(layout.attended.device)
         return lengths.repeat_interleave(max(1, batch // lengths.shape[0]), 0)
 
     def _leave(self, *_: Any) -> None:
-        self._layouts = {}
+        if self.thread.here:
+            self._layouts = {}
 
     def _edit(self, members: list[int], hidden: Tensor) -> Tensor:
+        if not self.thread.here:
+            return hidden
         whole = [self.bound[index] for index in members if self.bound[index].cell is None]
         in_cells = [self.bound[index] for index in members if self.bound[index].cell is not None]
         for bound in whole:
@@ -222,8 +246,8 @@ class Session:
         stack = bound.site.stack.name if bound.site.stack else ""
         layout, past = self._layouts.get(stack, self._layouts.get("", (None, 0)))
         beams = 1
-        if self._prompt is not None and layout is not None:
-            beams = max(1, layout.attended.shape[0] // self._prompt.shape[0])
+        if self.prompt is not None and layout is not None:
+            beams = max(1, layout.attended.shape[0] // self.prompt.shape[0])
         if bound.cell is not None and layout is not None:
             assert layout.prompt_length is not None
             parts = (layout.attended, layout.ordinal, layout.prompt_length)

@@ -87,40 +87,74 @@ class _Generate:
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-class DirectForward:
-    """Stands in for ``model.forward`` from when it is made until ``remove``; **changes the model**.
+class OwnThread(threading.local):
+    """Asked by hooks that act for one thread alone: ``here`` is true in the thread that made it, else false."""
 
-    Called by itself, as sentence-transformers does, it is a call of the model, and so runs the model's hooks.
+    here = False
+
+    def __new__(cls) -> OwnThread:
+        """Made once, while ``__init__`` would run in every thread that asks."""
+        made = super().__new__(cls)
+        made.here = True
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (), {"here": self.here}
+
+
+class StandIn:
+    """Stands in for a method of a module from when it is made until ``remove``; **changes the module**.
 
     Args:
-        model: whose forward it is.
+        module: whose method it is.
+        name: the method.
+    """
+
+    def __init__(self, module: nn.Module, name: str):
+        self.module, self.name = module, name
+        self.replaced = module.__dict__.get(name)  # accelerate's forward, for one
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What is called in place of the method."""
+        raise NotImplementedError
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method returns without this stand-in."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there, unless another has taken the place since."""
+        own = self.module.__dict__
+        if own.get(self.name) is not self:
+            return
+        if self.replaced is not None:
+            own[self.name] = self.replaced
+        else:
+            del own[self.name]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.replaced or getattr(type(self.module), self.name).__get__(self.module))
+
+
+class DirectForward(StandIn):
+    """Stands in for ``model.forward``: called by itself, as sentence-transformers does, it runs the model's hooks.
+
+    Args:
+        model: the model.
         begins: whether it is now called within a call of the model, whose hooks ran.
     """
 
     def __init__(self, model: nn.Module, begins: Callable[[], bool]):
-        self.model, self.begins = model, begins
-        self.replaced = model.__dict__.get("forward")  # accelerate's, for one
-        model.__dict__["forward"] = self
+        self.begins = begins
+        super().__init__(model, "forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What a call of the model returns."""
-        if not self.begins():
-            return self.model(*args, **kwargs)
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return type(self.model).forward(self.model, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Put back what was there, unless another has taken the place since."""
-        own = self.model.__dict__
-        if own.get("forward") is self:
-            del own["forward"]
-            if self.replaced is not None:
-                own["forward"] = self.replaced
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.replaced or type(self.model).forward.__get__(self.model))
+        return self.original(*args, **kwargs) if self.begins() else self.module(*args, **kwargs)
 
 
 _STAND_INS: dict[str, type[Any]] = {
@@ -359,7 +393,7 @@ class Engine:
 
     def _on_forward(self, module: nn.Module, enter: Callable[..., Any]) -> list[Any]:
         return [
-            module.register_forward_pre_hook(enter, with_kwargs=True),
+            hook_before(module, enter),
             module.register_forward_hook(self.planner.leave, always_call=True),
         ]
 
@@ -373,10 +407,10 @@ class Engine:
             attention is not None and attention is not block and all(map(accepts_any_keyword, (block, attention)))
         )
         enter = partial(self._enter_block, intervention, hands_on)
-        handles = [block.register_forward_pre_hook(enter, with_kwargs=True)]
+        handles = [hook_before(block, enter)]
         if attention is not None and hands_on:
             enter = partial(self._enter_attention, intervention)
-            handles.append(attention.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(hook_before(attention, enter))
         for module_path, side in places:
             module = self.model.get_submodule(module_path)
             edit = partial(self._edit, intervention, stack, module_path, side, handed and module_path == path)
@@ -419,6 +453,19 @@ class Engine:
         return intervention.apply_at(path, side, hidden, self.planner.plan_at(intervention, stack, is_handed))
 
 
+def hook_before(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Let ``hook(module, args, kwargs)`` run before each forward of a module; **adds a hook**.
+
+    A forward of another thread that meets the hook while it is being added or removed passes it by: torch then gives
+    it no ``kwargs``.
+    """
+    return module.register_forward_pre_hook(partial(_before, hook), with_kwargs=True)
+
+
+def _before(hook: Callable[..., Any], module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+    return None if kwargs is None else hook(module, args, kwargs)
+
+
 def edit_passing(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Let the tensor that passes one side of a module (of several, the first) go through ``edit``; **adds a hook**.
 
@@ -432,7 +479,7 @@ def edit_passing(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor])
     """
     if side == "output":
         return module.register_forward_hook(partial(_edit_output, edit))
-    return module.register_forward_pre_hook(partial(_edit_input, edit), with_kwargs=True)
+    return hook_before(module, partial(_edit_input, edit))
 
 
 def _edit_output(edit: Callable[[Tensor], Tensor], module: nn.Module, args: Any, output: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reftune.engine.hooks import Engine, edit_passing
+from reftune.engine.hooks import Engine, edit_passing, hook_before
 from reftune.engine.packed import packed_runs, spans_of
 from reftune.engine.row_plan import Run
 from reftune.engine.sites import Site, find_sites
@@ -44,7 +44,7 @@ class PackedEdits:
         self._sites: dict[tuple[str, str], dict[str, Site]] = {}
         self._hooked: set[tuple[str, str]] = set()
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            hook_before(model, self._enter),
             model.register_forward_hook(self._leave, always_call=True),
         ]
         bank.check = self.check

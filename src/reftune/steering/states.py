@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from reftune.data.tokenising import Encoded
-from reftune.engine.hooks import edit_passing
+from reftune.engine.hooks import OwnThread, edit_passing
 from reftune.engine.position_grammar import Positions
 from reftune.engine.sites import Site
 
@@ -85,9 +85,11 @@ def _read(
     model: Any, sites: Sequence[Site], ids: Tensor, mask: Tensor, weights: Float[Tensor, "batch position"]
 ) -> Float[Tensor, "layers batch width"]:
     read: list[Tensor] = [torch.empty(0)] * len(sites)
+    thread = OwnThread()
 
     def keep(place: int, hidden: Tensor) -> Tensor:
-        read[place] = torch.einsum("bp,bpw->bw", weights, hidden.reshape(*weights.shape, -1).float())
+        if thread.here:
+            read[place] = torch.einsum("bp,bpw->bw", weights, hidden.reshape(*weights.shape, -1).float())
         return hidden
 
     handles: list[RemovableHandle] = []
