@@ -210,6 +210,28 @@ def test_an_adapter_is_saved_and_comes_back_bit_for_bit(cls: Any, tmp_path: Path
     assert torch.equal(through_peft(**INPUTS).logits, expected)
 
 
+class Halved(pyreft.LoreftIntervention):
+    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
+        return base / 2
+
+
+class Plain(pyreft.LoreftIntervention):
+    def forward(self, h: Tensor) -> Tensor:
+        return h / 2
+
+
+class Renamed(pyreft.LoreftIntervention):
+    """Computes as its parent does."""
+
+
+@pytest.mark.parametrize("cls", [Halved, Plain])
+def test_a_forward_of_ones_own_is_not_saved_as_what_it_is_not(cls: Any, tmp_path: Path) -> None:
+    with pytest.raises(ReftuneError, match=f"{cls.__name__} computes by a forward of its own.*register_edit"):
+        _model(cls=cls).save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    _model(cls=Renamed).save(tmp_path / "adapter")
+
+
 def test_options_that_pyreft_forgets_are_saved(tmp_path: Path) -> None:
     edit = pyreft.NoreftIntervention(embed_dim=HIDDEN, low_rank_dimension=4, dropout=0.25, act_fn="relu", add_bias=True)
     config = pyreft.ReftConfig({"component": "model.layers[1].mlp.output", "intervention": edit})

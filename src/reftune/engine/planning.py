@@ -171,7 +171,15 @@ class Planner:
 
         Returns:
             ``args`` and ``kwargs`` without ``CALL_ARGUMENTS``.
+
+        Raises:
+            ReftuneError: arguments that do not fit, or ``adapter_names``, which are PEFT's models' alone.
         """
+        if kwargs.get("adapter_names") is not None:  # PEFT's own models take them out before
+            raise ReftuneError(
+                "adapter_names: a model with adapters of add_adapter edits every row by its active ones; for rows with "
+                "adapters of their own, wrap the base in PEFT's model (get_peft_model, PeftModel.from_pretrained)."
+            )
         call = _Call(module, torch.is_grad_enabled())
         self._here.calls.append(call)
         self._here.handed = None

@@ -126,6 +126,13 @@ def _kind(edit: Any, component: str, untied: bool) -> _Group:
         raise ReftuneError(
             f"{type(edit).__name__} is not one of {', '.join(INTERVENTIONS)}; register it and use reftune.ReftConfig."
         )
+    kept = BY_METHOD[method]
+    if type(edit).forward is not kept.forward:
+        raise ReftuneError(
+            f"{type(edit).__name__} computes by a forward of its own, which an adapter folder does not hold: it would "
+            f"come back as {kept.__name__}. Register it as an edit (reftune.edits.register_edit) and use "
+            "reftune.ReftConfig, or save its state_dict() yourself."
+        )
     options = {name: getattr(edit, name) for name in _OPTIONS if hasattr(edit, name)}
     options["add_bias"] = getattr(edit, "offset", None) is not None
     return _Group(method, edit.r, component, untied, tuple(sorted(options.items())))
