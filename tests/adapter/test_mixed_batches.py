@@ -176,3 +176,13 @@ def test_continuous_batching_refuses_rows_with_heads_of_their_own():
     model = mixed_model("llama")
     with pytest.raises(reftune.ReftuneError, match="lm_head.*modules_to_save"):
         model.generate_batch([[5, 6], [7, 8]], adapter_names=["a", "b"])
+
+
+def test_names_that_reach_a_model_of_add_adapter_are_refused():
+    model: Any = TINY["llama"]()
+    model.add_adapter(reftune.ReftConfig(r=2, layers_to_transform=[1]), adapter_name="a")
+    inputs = tiny_inputs("llama")
+    names = ["a"] * len(inputs["input_ids"])
+    with pytest.raises(reftune.ReftuneError, match="adapter_names: .*PeftModel"):
+        model(**inputs, adapter_names=names)
+    assert model(**inputs).logits.isfinite().all()
