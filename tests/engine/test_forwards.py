@@ -350,7 +350,7 @@ def test_a_mask_that_is_not_one_of_tokens_does_not_matter_at_all_positions() -> 
 )
 def test_training_on_several_answers_of_a_row_is_warned_of(answers, documents, warned, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(positions_module.logger, "warning_once", said.append)
+    monkeypatch.setattr(positions_module, "tell_once", lambda logger, line: said.append(line))
     labels = torch.full((len(answers), 8), -100)
     for row, columns in enumerate(answers):
         labels[row, columns] = 5
