@@ -194,6 +194,16 @@ def read_weights(folder: str | Path, config: Mapping[str, Any]) -> dict[str, dic
     return tensors
 
 
+def tensor_values(tensor: Mapping[str, Any]) -> np.ndarray:
+    """A tensor of a safetensors file in float64; numpy has no bfloat16, which is the upper half of a float32."""
+    data, kind = tensor["data"], tensor["dtype"]
+    if kind == "BF16":
+        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, {"F64": np.float64, "F32": np.float32, "F16": np.float16}[kind])
+    return values.astype(np.float64).reshape(tensor["shape"])
+
+
 def not_finite(path: Path | None, name: str) -> ReftuneError:
     """The error for a tensor with NaN or infinite values."""
     where = f"{path}: " if path is not None else ""

@@ -22,7 +22,8 @@ from reftune.adapter.checkpoint import (
     read_adapter_config,
     read_weights,
 )
-from reftune.adapter.tuner import REFT, ReftModel, load_or_leave, load_what_fits
+from reftune.adapter.loading import load_or_leave, load_what_fits
+from reftune.adapter.tuner import REFT, ReftModel
 from reftune.edits import Edit, edit_class, make_edit, method_name
 from reftune.edits.base import Init
 from reftune.edits.rotated import Parametrization

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reftune.adapter.checkpoint import LAYER, WEIGHTS_FILE, edit_tensors, read_adapter_config, read_weights
+from reftune.adapter.checkpoint import (
+    LAYER,
+    WEIGHTS_FILE,
+    edit_tensors,
+    read_adapter_config,
+    read_weights,
+    tensor_values,
+)
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
 
@@ -84,7 +91,9 @@ def read_adapter_info(folder: str | Path) -> AdapterInfo:
     tensors = read_weights(folder, settings)
     edits = []
     for (block, part), names in edit_tensors(folder / WEIGHTS_FILE, settings, tensors).items():
-        edits.append(_edit_info(settings, block, part, {own: _numbers(tensors[name]) for own, name in names.items()}))
+        edits.append(
+            _edit_info(settings, block, part, {own: tensor_values(tensors[name]) for own, name in names.items()})
+        )
     edits.sort(key=lambda edit: (edit.layer if edit.layer is not None else -1, edit.block, edit.part))
     return AdapterInfo(folder, settings, edits, (folder / WEIGHTS_FILE).stat().st_size)
 
@@ -137,13 +146,3 @@ def _form_of_own_class(settings: Mapping[str, Any], held: dict[str, np.ndarray])
     except (ReftuneError, AttributeError, NotImplementedError, RuntimeError):
         return None
     return tuple(part.double().numpy() for part in (folded.A.mT, folded.b, folded.B))
-
-
-def _numbers(tensor: Mapping[str, Any]) -> np.ndarray:
-    """A tensor of a safetensors file in float64; numpy has no bfloat16, which is the upper half of a float32."""
-    data, kind = tensor["data"], tensor["dtype"]
-    if kind == "BF16":
-        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, {"F64": np.float64, "F32": np.float32, "F16": np.float16}[kind])
-    return values.astype(np.float64).reshape(tensor["shape"])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 
-from reftune.adapter.checkpoint import CONFIG_FILE, EDIT_KEY, WEIGHTS_FILE, read_adapter_config, read_weights
+from reftune.adapter.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    edit_tensors,
+    read_adapter_config,
+    read_weights,
+    tensor_values,
+)
 from reftune.edits import Edit
 from reftune.errors import ReftuneError
 
@@ -29,11 +36,13 @@ def start_from(model: PeftModel, folder: str | Path, adapter_name: str = "defaul
         ReftuneError: an adapter of another method, component or width, or with no layer in common.
     """
     folder = Path(folder).expanduser()
-    vectors = _added(folder)
+    given = read_adapter_config(folder)
+    vectors = _added(folder, given)
     config: Any = model.peft_config[adapter_name]
-    component = read_adapter_config(folder).get("component")
-    if component != config.component:
-        raise ReftuneError(f"{folder} edits {component!r}, this adapter {config.component!r}: take the same component.")
+    if given["component"] != config.component:
+        raise ReftuneError(
+            f"{folder} edits {given['component']!r}, this adapter {config.component!r}: take the same component."
+        )
     edits = model.base_model.engine.edits(adapter_name)  # type: ignore[union-attr, operator]
     common = [
         (edit, vectors[path.removesuffix(":suffix")])
@@ -51,17 +60,16 @@ def start_from(model: PeftModel, folder: str | Path, adapter_name: str = "defaul
             edit.start_at(vector)
 
 
-def _added(folder: Path) -> dict[str, Tensor]:
+def _added(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a `lobireft` adapter adds, by block path."""
-    config = read_adapter_config(folder)
-    read_weights(folder, config)
-    if config.get("method") != "lobireft":
+    tensors = read_weights(folder, config)
+    if config["method"] != "lobireft":
         raise ReftuneError(
-            f"{folder / CONFIG_FILE}: method is {config.get('method')!r}; training starts from a direction, as "
+            f"{folder / CONFIG_FILE}: method is {config['method']!r}; training starts from a direction, as "
             "`reftune steer` writes it (lobireft)."
         )
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / WEIGHTS_FILE).items():
-        if match := EDIT_KEY.match(name):
-            tensors.setdefault(match["block"], {})[match["tensor"]] = tensor.float()
-    return {block: held["bias"] @ held["rotation"] for block, held in tensors.items()}
+    vectors = {}
+    for (block, _), names in edit_tensors(folder / WEIGHTS_FILE, config, tensors).items():
+        bias, rotation = (tensor_values(tensors[names[own]]) for own in ("bias", "rotation"))
+        vectors[block] = torch.from_numpy(bias @ rotation).float()
+    return vectors

@@ -7,24 +7,22 @@ one that adds a child and hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
-from copy import copy
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _delete_auxiliary_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from reftune.adapter.checkpoint import CONFIG_FILE, WRAPPING, not_finite
+from reftune.adapter.checkpoint import CONFIG_FILE
 from reftune.adapter.merging import merge_constant
+from reftune.adapter.tensors import check_tensors, unchanged_on_error, under
 from reftune.engine.blocks import device_of, inside
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention
@@ -35,9 +33,6 @@ from reftune.errors import ReftuneError
 
 REFT = "REFT"
 """The adapter's kind, as PEFT and `adapter_config.json` have it."""
-_CONFIG_GIVEN: ContextVar[bool] = ContextVar("config_given", default=False)
-"""Whether ``from_pretrained`` is loading with a configuration that was given to it in place of the folder's."""
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT adds to `modules_to_save` after the adapter is on the model."""
 
@@ -114,14 +109,14 @@ class ReftModel(BaseTuner):
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        model = _under(model)
+        model = under(model)
         present = getattr(model, "peft_config", {}).get(adapter_name)
         if present is not None and present.peft_type != REFT:
             raise ReftuneError(
                 f"adapter {adapter_name!r} of this model is a {present.peft_type.value} adapter: give this one a name "
                 "of its own, as in get_peft_model(model, config, adapter_name='edit')."
             )
-        with _unchanged_on_error(model):
+        with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, **kwargs)
 
     @property
@@ -160,7 +155,7 @@ class ReftModel(BaseTuner):
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
         self._check_modules_to_save(config, adapter_name)
-        with _unchanged_on_error(model):
+        with unchanged_on_error(model):
             self._attach(model, adapter_name, config, low_cpu_mem_usage)
         for parameter, required in trainable:
             parameter.requires_grad = required
@@ -335,108 +330,6 @@ class ReftModel(BaseTuner):
         return check_tensors(model, config, adapter_name, remapped)
 
 
-def _under(model: Any) -> Any:
-    """The model itself under PEFT's wrapping, if there is any (prompts are the wrapping's own, and keep it)."""
-    return model.base_model.model if isinstance(getattr(model, "base_model", None), BaseTuner) else model
-
-
-@contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Whatever is refused in the ``with`` block leaves the model with the modules and adapters that it had."""
-    engine, configs = Engine.of(model), model.__dict__.get("peft_config")
-    interventions, known = dict(engine.interventions) if engine else {}, dict(configs or {})
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    children = [(module, dict(module._modules)) for module in model.modules()]
-    owners = [module for module, _ in children if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    states = [
-        (part, {k: copy(v) for k, v in vars(part).items() if isinstance(v, (dict, set, list, str)) and "hook" not in k})
-        for owner in owners
-        for part in owner.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        if (now := Engine.of(model)) is not None and now is not engine:
-            now.detach()
-        for module, own in children:
-            module._modules = own
-        for part, state in states:
-            vars(part).update(state)
-        if engine is not None:
-            engine.interventions = interventions
-            engine.refresh()
-        for parameter, required in trained:
-            parameter.requires_grad = required
-        if configs is not None:
-            configs.clear()
-            configs.update(known)
-        else:
-            for mark in ("peft_config", "_hf_peft_config_loaded"):  # the second is transformers', set before it adds
-                vars(model).pop(mark, None)
-        raise
-
-
-def load_what_fits(load: Callable[..., Any]) -> Callable[..., Any]:
-    """``PeftModel.load_adapter`` that refuses another adapter's folder for the name of a ReFT adapter.
-
-    PEFT copies the weights alone into an adapter that exists, which would keep its own layers and positions.
-
-    Args:
-        load: PEFT's own method.
-    """
-
-    @wraps(load)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.base_model, ReftModel):
-            return load(self, model_id, adapter_name, *args, **kwargs)
-        with _unchanged_on_error(self.base_model.model):
-            present = self.peft_config.get(adapter_name)
-            if present is not None and present.peft_type == REFT and not _CONFIG_GIVEN.get():
-                hub, _ = self._split_kwargs(dict(kwargs))
-                _check_same(self.base_model.model, present, PeftConfig.from_pretrained(model_id, **hub), adapter_name)
-            return load(self, model_id, adapter_name, *args, **kwargs)
-
-    return load_adapter
-
-
-def load_or_leave(load: Callable[..., Any]) -> Callable[..., Any]:
-    """``PeftModel.from_pretrained`` that leaves the base model with its earlier adapters where the folder is refused.
-
-    Args:
-        load: PEFT's own method.
-    """
-
-    @wraps(load)
-    def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
-        token = _CONFIG_GIVEN.set(kwargs.get("config") is not None)
-        try:
-            with _unchanged_on_error(_under(model)):
-                return load(cls, model, *args, **kwargs)
-        finally:
-            _CONFIG_GIVEN.reset(token)
-
-    return from_pretrained
-
-
-def _check_same(model: nn.Module, present: Any, given: Any, adapter_name: str) -> None:
-    def places(config: Any) -> set[tuple[str, str]]:
-        return {(s.module_path, s.side) for s in find_sites(model, config.component, config.layers_to_transform)}
-
-    names = ("peft_type", "method", "r", "component", "positions", "share_weights", "act_fn", "parametrization")
-    differing = [name for name in names if getattr(given, name, None) != getattr(present, name)]
-    layers = "layers_to_transform"
-    if not differing and getattr(given, layers) != getattr(present, layers) and places(given) != places(present):
-        differing = [layers]
-    if not differing and not set(given.modules_to_save or ()) <= set(present.modules_to_save or ()):
-        differing = ["modules_to_save"]
-    for name in differing:
-        raise ReftuneError(
-            f"Adapter {adapter_name!r} has {name}={getattr(present, name)!r} on this model, "
-            f"{getattr(given, name, None)!r} in the folder: into a name that is taken go weights alone. Load it under "
-            f"another name, or call delete_adapter({adapter_name!r}) first."
-        )
-
-
 def _rows_own_modules(
     planner: Planner, names: list[str], wrapper: AuxiliaryTrainingWrapper, args: Any, kwargs: Any, output: Any
 ) -> Any:
@@ -473,95 +366,3 @@ def _rows_own_modules(
     ]
     order = torch.cat(list(index.values())).argsort()
     return tree_map(lambda *found: torch.cat(found).index_select(0, order), *parts)
-
-
-def check_tensors(model: nn.Module, config: Any, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Compare an adapter's tensors with what the model has for it, before any is copied.
-
-    PEFT copies what fits by name and warns about the rest, which would leave edits at random values, or write over the
-    base model. A file may hold the base's embeddings (``save_embedding_layers``): they must be this base's own, but for
-    rows in their last half, which may be new tokens'.
-
-    Args:
-        model: the model or PEFT model with the adapter's edits in place.
-        config: the adapter's configuration, for the message; **it forgets its file**, which is read by now.
-        adapter_name: the adapter's name on this model.
-        tensors: tensors by the model's own parameter names.
-
-    Returns:
-        The tensors to copy, an embedding's by the name that it has under the wrapping of this model's adapters.
-
-    Raises:
-        ReftuneError: a tensor that is missing, foreign, of another shape, not of floats, not finite, or another base's.
-    """
-    prefix = "base_model.model."
-    state = {name.removeprefix(prefix): value for name, value in model.state_dict().items()}
-    given = {name.removeprefix(prefix): name for name in tensors}
-    marks = (f".reft_edits.{adapter_name}.", f".reft_suffix_edits.{adapter_name}.")
-    edits = [name for name in state if any(mark in f".{name}" for mark in marks)]
-    own, embeddings = _beside_edits(model, adapter_name)
-    own |= set(edits)
-    in_embeddings = [name for name in state if name.startswith(embeddings)]
-    base_names = {WRAPPING.sub("", name): name for name in in_embeddings if name not in own}
-    copies = {ReftModel._remove_adapter_name_from_key(name, adapter_name) for name in in_embeddings} - state.keys()
-    path, config.weights_file = getattr(config, "weights_file", None), None
-    where = f"{path}: " if path is not None else ""
-    base = getattr(config, "base_model_name_or_path", None)
-    kept: dict[str, Tensor] = {}
-    for name in [*edits, *(name for name in given if name not in edits)]:
-        if name not in given:
-            raise ReftuneError(
-                f"{where}the adapter holds no tensor for {name}: its file is incomplete, or it was trained on another "
-                f"base model than this one (trained on {base!r})."
-            )
-        found = tensors[given[name]]
-        if name in copies:  # PEFT saves a trained embedding twice, and loads it by its other name
-            continue
-        here = name if name in own else base_names.get(WRAPPING.sub("", name))
-        if here is None:
-            raise ReftuneError(f"{where}{name} is no tensor of this adapter; save the adapter again.")
-        value = state[here]
-        if found.shape != value.shape:
-            raise ReftuneError(
-                f"{where}the adapter's {name} has shape {tuple(found.shape)}, this base model needs "
-                f"{tuple(value.shape)}: it was trained on another base model ({base!r}), or on one that had been "
-                "resized to a tokenizer, which must then be saved beside it."
-            )
-        if found.dtype not in _FLOATS and value.is_floating_point():
-            raise ReftuneError(f"{where}{name} holds {found.dtype}, and {value.dtype} is needed; save it again.")
-        if not bool(found.isfinite().all()):
-            raise not_finite(path, name)
-        if here not in own and _changes_old_rows(found, value):
-            raise ReftuneError(
-                f"{where}{name} is not this base model's, and the adapter's settings do not say that it was trained. "
-                f"Load the adapter onto the base model that it was trained on ({base!r}), or train that module as "
-                "modules_to_save or trainable_token_indices."
-            )
-        kept[given[name].removesuffix(name) + here] = found
-    return kept
-
-
-def _changes_old_rows(found: Tensor, value: Tensor) -> bool:
-    """Whether an embedding differs from the base's, by more than its dtype, in its first half, which no resize adds."""
-    if value.is_meta or torch.equal(found, value.to(found)):
-        return False
-    if not (found.is_floating_point() and value.is_floating_point()):
-        return True
-    kinds = [torch.finfo(found.dtype), torch.finfo(value.dtype)]
-    rtol, atol = max(kind.eps for kind in kinds), max(kind.eps * kind.tiny for kind in kinds)
-    old = slice(0, (len(found) + 1) // 2)
-    return not torch.allclose(found[old].float(), value[old].to(found.device).float(), rtol=rtol, atol=atol)
-
-
-def _beside_edits(model: nn.Module, adapter_name: str) -> tuple[set[str], tuple[str, ...]]:
-    """What lies beside edits: names of an adapter's own tensors, of modules and tokens; how embeddings' names begin."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
-    named = ("get_input_embeddings", "get_output_embeddings")
-    embeddings = [getattr(base, name)() for name in named if hasattr(base, name)]
-    modules = list(base.named_modules(remove_duplicate=False))
-    return {
-        f"{path}.{key}"
-        for path, module in modules
-        if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter_name).values()
-    }, tuple(f"{path}." for path, module in modules if any(module is one for one in embeddings))

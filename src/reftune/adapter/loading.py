@@ -1,0 +1,80 @@
+"""PEFT's own ways of loading an adapter, so that a folder that does not fit a model changes nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from reftune.adapter.tensors import unchanged_on_error, under
+from reftune.adapter.tuner import REFT, ReftModel
+from reftune.engine.sites import find_sites
+from reftune.errors import ReftuneError
+
+_CONFIG_GIVEN: ContextVar[bool] = ContextVar("config_given", default=False)
+"""Whether ``from_pretrained`` is loading with a configuration that was given to it in place of the folder's."""
+
+
+def load_what_fits(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.load_adapter`` that refuses another adapter's folder for the name of a ReFT adapter.
+
+    PEFT copies the weights alone into an adapter that exists, which would keep its own layers and positions.
+
+    Args:
+        load: PEFT's own method.
+    """
+
+    @wraps(load)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.base_model, ReftModel):
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        with unchanged_on_error(self.base_model.model):
+            present = self.peft_config.get(adapter_name)
+            if present is not None and present.peft_type == REFT and not _CONFIG_GIVEN.get():
+                hub, _ = self._split_kwargs(dict(kwargs))
+                _check_same(self.base_model.model, present, PeftConfig.from_pretrained(model_id, **hub), adapter_name)
+            return load(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
+
+
+def load_or_leave(load: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.from_pretrained`` that leaves the base model with its earlier adapters where the folder is refused.
+
+    Args:
+        load: PEFT's own method.
+    """
+
+    @wraps(load)
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        token = _CONFIG_GIVEN.set(kwargs.get("config") is not None)
+        try:
+            with unchanged_on_error(under(model)):
+                return load(cls, model, *args, **kwargs)
+        finally:
+            _CONFIG_GIVEN.reset(token)
+
+    return from_pretrained
+
+
+def _check_same(model: nn.Module, present: Any, given: Any, adapter_name: str) -> None:
+    def places(config: Any) -> set[tuple[str, str]]:
+        return {(s.module_path, s.side) for s in find_sites(model, config.component, config.layers_to_transform)}
+
+    names = ("peft_type", "method", "r", "component", "positions", "share_weights", "act_fn", "parametrization")
+    differing = [name for name in names if getattr(given, name, None) != getattr(present, name)]
+    layers = "layers_to_transform"
+    if not differing and getattr(given, layers) != getattr(present, layers) and places(given) != places(present):
+        differing = [layers]
+    if not differing and not set(given.modules_to_save or ()) <= set(present.modules_to_save or ()):
+        differing = ["modules_to_save"]
+    for name in differing:
+        raise ReftuneError(
+            f"Adapter {adapter_name!r} has {name}={getattr(present, name)!r} on this model, "
+            f"{getattr(given, name, None)!r} in the folder: into a name that is taken go weights alone. Load it under "
+            f"another name, or call delete_adapter({adapter_name!r}) first."
+        )
