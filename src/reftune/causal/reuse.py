@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from reftune.causal.interchange import Run, call, intervene
 from reftune.causal.session import Stop
-from reftune.engine.hooks import OwnThread, StandIn
 from reftune.engine.sites import Site, Stack
+from reftune.engine.stand_ins import OwnThread, StandIn
 
 Pick = Callable[[Tensor], Tensor]
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from reftune.causal.actions import Action, keep
 from reftune.causal.locations import Location, Units, units
 from reftune.engine.forwards import Role, bind, generation_prompt, is_encoder_decoder, token_arguments
-from reftune.engine.hooks import CHANGING, DirectForward, OwnThread, StandIn, edit_passing, hook_before
+from reftune.engine.hooks import CHANGING, edit_passing, hook_before
 from reftune.engine.intervention import edit_rows
 from reftune.engine.positions import TokenLayout, read_layout
 from reftune.engine.sites import Site
+from reftune.engine.stand_ins import DirectForward, OwnThread, StandIn
 from reftune.errors import ReftuneError
 
 _TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

@@ -14,6 +14,8 @@ The way of a forward, from `attach` to the edited tensor:
 9. The hook of the site hands the tensor that passes there to `Intervention.apply_at`.
 10. That gathers the planned tokens, applies the edit (`reftune.edits`) in float32, and puts them back.
 
+`generate` and `forward` are stood in for while edits are attached (`stand_ins.py`).
+
 Where other engines lay many requests into one row, `row_plan.py` says which of its tokens are edited; `packed.py` is
 that for transformers' continuous batching.
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from reftune.data.tokenising import Encoded
-from reftune.engine.hooks import OwnThread, edit_passing
+from reftune.engine.hooks import edit_passing
 from reftune.engine.position_grammar import Positions
 from reftune.engine.sites import Site
+from reftune.engine.stand_ins import OwnThread
 
 States = Float[np.ndarray, "rows layers width"]
 
