@@ -23,7 +23,18 @@ from reftune.data.messages import ROLES, Message, as_text, left_out, read_messag
 from reftune.data.reading import RawRow, Source, read_rows
 from reftune.errors import ReftuneError, tell_once
 
-__all__ = ["ROLES", "Example", "LabelledText", "Message", "Shape", "read_examples", "read_labelled", "read_prompts"]
+__all__ = [
+    "ROLES",
+    "Example",
+    "LabelledText",
+    "Message",
+    "Shape",
+    "examples_of",
+    "labelled_of",
+    "read_examples",
+    "read_labelled",
+    "read_prompts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +90,13 @@ def read_examples(
     Raises:
         ReftuneError: naming file, row and field.
     """
-    rows = read_rows(source, split=split)[:limit]
+    return examples_of(read_rows(source, split=split)[:limit], columns=columns, usual=usual)
+
+
+def examples_of(
+    rows: Sequence[RawRow], *, columns: Mapping[str, str] | None = None, usual: Mapping[str, str] | None = None
+) -> list[Example]:
+    """What `read_examples` makes of rows that have been read; arguments and errors as there."""
     shape, columns = _recognise(rows, columns or _fitting(usual, rows), SHAPES)
     _tell_unused(rows, shape, columns)
     examples = [example for row in rows for example in _examples(_Fields(row, columns), shape)]
@@ -126,7 +143,11 @@ def read_labelled(
     source: Source, *, columns: Mapping[str, str] | None = None, split: str = "train", limit: int | None = None
 ) -> list[LabelledText]:
     """Read `source` as labelled text, for classification; arguments and errors as for `read_examples`."""
-    rows = read_rows(source, split=split)[:limit]
+    return labelled_of(read_rows(source, split=split)[:limit], columns=columns)
+
+
+def labelled_of(rows: Sequence[RawRow], *, columns: Mapping[str, str] | None = None) -> list[LabelledText]:
+    """What `read_labelled` makes of rows that have been read; arguments and errors as there."""
     _, columns = _recognise(rows, columns or {}, [_LABELLED])
     return [_labelled(_Fields(row, columns)) for row in rows]
 

@@ -108,10 +108,10 @@ def set_scale(model: PeftModel, scale: float) -> None:
     """
     if not abs(scale) <= 1e6:
         raise ReftuneError(f"scale={scale}: must be a number, at most a million either way.")
-    if scale != 1.0 or isinstance(model.base_model, ReftModel):
-        if not isinstance(model.base_model, ReftModel):
-            raise ReftuneError(f"scale={scale}: this adapter is no ReFT adapter; leave --scale out.")
+    if isinstance(model.base_model, ReftModel):
         model.base_model.set_scale("default", scale)
+    elif scale != 1.0:
+        raise ReftuneError(f"scale={scale}: this adapter is no ReFT adapter; leave --scale out.")
 
 
 def adapter_folder(folder: str | Path, model: str | None, *, classifier: bool) -> tuple[Path, str, dict[str, Any]]:

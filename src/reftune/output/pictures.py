@@ -11,16 +11,20 @@ from matplotlib.figure import Figure
 from reftune.output.files import replaced
 
 
-def new_figure(size: tuple[int | float, int | float], grid: bool = False) -> tuple[Figure, Any]:
-    """A figure of ``size`` inches and its axes, whose marks lie above the grid and which has no frame on two sides."""
+def new_figure(size: tuple[int | float, int | float], grid: bool = False, panels: int = 1) -> tuple[Figure, Any]:
+    """A figure of ``size`` inches and its axes, whose marks lie above the grid and which has no frame on two sides.
+
+    Of several panels, side by side, the axes are a list.
+    """
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_axisbelow(True)
-    if grid:
-        axes.grid(True, color="#e5e7eb", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    found = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in found:
+        axes.set_axisbelow(True)
+        if grid:
+            axes.grid(True, color="#e5e7eb", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure, found[0] if panels == 1 else found
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reftune.data.formats import Example, LabelledText, read_examples, read_labelled, read_prompts
+from reftune.data.formats import Example, LabelledText, examples_of, labelled_of, read_examples, read_prompts
 from reftune.data.persona import load_demo, load_neutral
 from reftune.data.reading import RawRow, Source, read_rows
 from reftune.errors import ReftuneError
@@ -83,29 +83,27 @@ def read_contrasts(
     if isinstance(source, str) and source == DEMO_DATA and not Path(DEMO_DATA).exists():
         source = [{"prompt": row.messages[-1].content, "completion": row.completion} for row in load_demo()]
     rows = read_rows(source)[:limit]
-    if not isinstance(source, str | Path):
-        source = [row.values for row in rows]  # it may be read but once
     columns = dict(columns or {})
     has = {field for field in rows[0].values} | set(columns)
     if instructions is not None:
         return _instructed(rows, columns, instructions, write)
     if {"positive", "negative"} <= has:
-        return _pairs(source, rows, columns, limit)
+        return _pairs(rows, columns)
     if {"text", "label"} <= has and "completion" not in has:
-        return _classes(read_labelled(source, columns=columns, limit=limit), positive_label)
+        return _classes(labelled_of(rows, columns=columns), positive_label)
     if has & {"positive", "negative"}:
         raise ReftuneError(f"{rows[0].source}: a pair needs both columns, positive and negative.")
-    examples: list[Row] = list(read_examples(source, columns=columns, limit=limit))
+    examples: list[Row] = list(examples_of(rows, columns=columns))
     return Contrasts(examples, list(neutral_rows()), False, "the completions, against plain answers to other prompts")
 
 
-def _pairs(source: Source, rows: Sequence[RawRow], columns: dict[str, str], limit: int | None) -> Contrasts:
+def _pairs(rows: Sequence[RawRow], columns: dict[str, str]) -> Contrasts:
     rest = {field: column for field, column in columns.items() if field not in ("positive", "negative")}
     sides: list[list[Row]] = []
     for side in ("positive", "negative"):
         column = columns.get(side, side)
         if rest.get("prompt", "prompt") in rows[0].values:
-            sides.append(list(read_examples(source, columns={**rest, "completion": column}, limit=limit)))
+            sides.append(list(examples_of(rows, columns={**rest, "completion": column})))
         else:
             sides.append([LabelledText(_filled(row, column), 0, where=row.where) for row in rows])
     for one, other in zip(*sides, strict=True):

@@ -20,12 +20,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """
     if not found["by layer"]:
         return
-    figure, axes = new_figure((8.5, 3.4) if found["tried"] else (5, 3.4))
-    figure.clear()
-    panels = figure.subplots(1, 2 if found["tried"] else 1, squeeze=False)[0]
-    _draw_layers(found, panels[0])
     if found["tried"]:
-        figure.colorbar(_draw_tried(found["tried"], panels[1]), ax=panels[1])
+        figure, (left, right) = new_figure((8.5, 3.4), panels=2)
+        figure.colorbar(_draw_tried(found["tried"], right), ax=right)
+    else:
+        figure, left = new_figure((5, 3.4))
+    _draw_layers(found, left)
     save_figure(figure, path)
 
 

@@ -29,7 +29,7 @@ from reftune.inference.generation import generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.inference.settings import GenerationSettings
 from reftune.output.files import write_text
-from reftune.output.locks import only_writer
+from reftune.output.locks import only_writer, refuse_if_locked
 from reftune.output.targets import check_file_target, check_folder_target
 from reftune.runs.output_folder import save_adapter
 from reftune.steering.contrasts import Contrasts, Row, neutral_rows, read_contrasts
@@ -94,6 +94,7 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     """
     output = Path(settings.output).expanduser()
     check_folder_target(output, "output=", (RESULT_FILE,), [source, settings.neutral_file], settings.model)
+    refuse_if_locked(output)
     if settings.gguf:
         check_file_target(Path(settings.gguf), "--gguf", [source, settings.neutral_file], ours=holds_vectors)
     neutral = neutral_rows(settings.neutral_file)
