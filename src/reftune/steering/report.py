@@ -34,6 +34,7 @@ def _draw_layers(found: dict[str, Any], axes: Any) -> None:
     colours = ["#b45309" if item["layer"] in found["layers"] else "#94a3b8" for item in layers]
     axes.bar([item["layer"] for item in layers], [item["deviations"] for item in layers], color=colours, width=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="layer (brown: edited)", ylabel="distance of the held-out sides,\nstandard deviations")
 
 
