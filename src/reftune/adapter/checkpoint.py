@@ -180,11 +180,7 @@ def read_weights(folder: str | Path, config: Mapping[str, Any]) -> dict[str, dic
             f"{path} is not an intact safetensors file ({error}): it was cut off or overwritten. Use an earlier "
             "checkpoint."
         ) from None
-    for (block, _), names in edit_tensors(path, config, tensors).items():
-        found = {own: (tensors[name]["shape"], tensors[name]["dtype"]) for own, name in names.items()}
-        expected = _expected(config, found)
-        if expected is not None:
-            check_edit(path, block, config, expected, found)
+    check_edits(path, config, {name: (tensor["shape"], tensor["dtype"]) for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
         if tensor["dtype"] in _EXPONENTS:
             kind, exponent = _EXPONENTS[tensor["dtype"]]
@@ -256,6 +252,23 @@ def edit_tensors(
             f"{CONFIG_FILE} is not of this file."
         )
     return edits
+
+
+def check_edits(path: Path, config: Mapping[str, Any], found: Mapping[str, tuple[Sequence[int], str]]) -> None:
+    """Refuse tensors that are not those of such an adapter; a user's own method decides about its shapes itself.
+
+    Args:
+        path: the weights file, for errors.
+        config: the adapter's configuration, checked.
+        found: shapes and dtypes by name in the file.
+
+    Raises:
+        ReftuneError: as ``edit_tensors`` and ``check_edit``.
+    """
+    for (block, _), names in edit_tensors(path, config, found).items():
+        held = {own: found[name] for own, name in names.items()}
+        if (expected := _expected(config, held)) is not None:
+            check_edit(path, block, config, expected, held)
 
 
 def check_edit(
