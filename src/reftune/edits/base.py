@@ -1,6 +1,7 @@
 """What every edit shares: arithmetic in float32, dropout on the change alone, validated options."""
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -66,6 +67,7 @@ class Edit(nn.Module):
         if init not in get_args(Init):
             raise ReftuneError(f"init={init!r}: must be one of {', '.join(get_args(Init))}")
         self.width, self.r, self.dropout, self.act_fn, self.init = width, r, float(dropout), act_fn, init
+        self.copies = 1  # see `stacked`
         # Straight into __dict__: some activations are modules, and an edit has no nested module (its state-dict keys
         # must end in the name of a tensor of its own).
         self.__dict__["_activation"] = activation(act_fn)
@@ -73,6 +75,31 @@ class Edit(nn.Module):
     def reset_parameters(self) -> None:
         """**Overwrites every parameter** with its initial value."""
         raise NotImplementedError
+
+    def stacked(self, copies: int) -> "Edit":
+        """Several copies of this edit in one, each in r directions of its own (see ``directions`` of ``forward``).
+
+        Returns:
+            An edit of rank copies * r, whose parameters are this one's, one copy below another: ``(copies * r, ...)``.
+
+        Raises:
+            ReftuneError: an edit that is not made of r coordinates alone.
+        """
+        kind = type(self)
+        tensors = dict(self.named_parameters())
+        by_rows = kind.coordinates is not Edit.coordinates and kind.change is Edit.change
+        if (
+            not by_rows
+            or any(len(tensor) != self.r for tensor in tensors.values())
+            or any(True for _ in self.buffers())
+        ):
+            raise ReftuneError(f"{kind.__name__} cannot be stacked: it is more than r coordinates, each of its own")
+        made = copy.deepcopy(self)
+        for name, tensor in tensors.items():
+            rows = tensor.detach().repeat(copies, *[1] * (tensor.ndim - 1))
+            setattr(made, name, nn.Parameter(rows, requires_grad=tensor.requires_grad))
+        made.r, made.copies = copies * self.r, copies * self.copies
+        return made
 
     def start_at(self, vector: Float[Tensor, " width"]) -> None:
         """**Overwrites parameters** so that the edit adds this vector to every h, from where training goes on.

@@ -80,7 +80,7 @@ class RotatedEdit(Edit):
     def reset_rotation(self) -> None:
         """**Draws a new rotation**, uniform over all: Gram-Schmidt of normal rows."""
         self.rotation.normal_()
-        retract_(self.rotation)
+        retract_(self._each(self.rotation))
         self._seen = None
         self.retract_()
 
@@ -103,7 +103,11 @@ class RotatedEdit(Edit):
                 return self.rotation.to(dtype)
             return householder(self.reflectors.to(dtype), self.basis.detach().to(dtype))
         self._retract_if_moved()
-        return orthonormal(self.rotation).to(dtype)
+        return orthonormal(self._each(self.rotation)).flatten(0, -2).to(dtype)
+
+    def _each(self, rotation: Tensor) -> Tensor:
+        """The rotations of a stacked edit, each to be orthonormal by itself: (copies, r, width)."""
+        return rotation.unflatten(0, (self.copies, -1)) if self.copies > 1 else rotation
 
     def _stored(self) -> Tensor:
         """What the rotation is computed from; a basis is known by its first r columns (``complete_basis``)."""
@@ -133,7 +137,7 @@ class RotatedEdit(Edit):
                     self.rotation.data.copy_(rotation)
                     self._looked = stored
             return
-        retract_(self.rotation)
+        retract_(self._each(self.rotation))
         self.trust_rotation()
 
     def trust_rotation(self) -> None:
@@ -145,7 +149,7 @@ class RotatedEdit(Edit):
     def _retract_if_moved(self) -> None:
         if torch.compiler.is_compiling():
             if self.training:  # the graph then holds the retraction; Python state such as _seen is not for graphs
-                retract_(self.rotation)
+                retract_(self._each(self.rotation))
             return
         if not isinstance(self.rotation, nn.Parameter):  # a stand-in of torch.func: not ours to write to
             return

@@ -34,12 +34,14 @@ class Row:
         prompt_length: tokens of the prompt.
         targets: what each of those tokens is to predict, -100 for nothing.
         begin: where its tail begins, at its first edited token or its last prompt token.
+        directions: the directions of the edit that act on it; None: all.
     """
 
     ids: Tensor
     prompt_length: int
     targets: Tensor
     begin: int
+    directions: Tensor | None = None
 
     def prefix_key(self) -> bytes:
         """The store's key of what comes before its first edited token."""

@@ -187,6 +187,9 @@ class PrefixReuse:
         unknown = set(inputs) - PLAIN_INPUTS
         if unknown or "prompt_lengths" not in inputs or "input_ids" not in inputs:
             raise PrefixReuseOff(f"batches carry {sorted(unknown) or 'no prompt_lengths'}")
+        directions = inputs.get("intervention_directions")
+        if not isinstance(directions, (Tensor, type(None))):
+            raise PrefixReuseOff("batches carry intervention_directions by adapter")
         ids, targets = inputs["input_ids"].cpu(), shifted(inputs["labels"]).cpu()
         lengths = inputs["prompt_lengths"].tolist()
         if len(lengths) != len(ids):
@@ -204,7 +207,8 @@ class PrefixReuse:
             predicts = targets[row][attended[row]]
             learned = (predicts != IGNORED_LABEL).nonzero()
             end = max(begin + 1, int(learned[-1]) + 1 if len(learned) else 0)
-            rows.append(Row(own[:end], length, predicts[:end], begin))
+            acting = None if directions is None else directions[row]
+            rows.append(Row(own[:end], length, predicts[:end], begin, acting))
         return rows
 
     def _begins_alike(self, ids: Tensor, prompt_length: int) -> bool:
@@ -224,15 +228,15 @@ class PrefixReuse:
 
     def _reduce(self, rows: list[Row], device: torch.device, forward_cost: int | None) -> list[Reduced]:
         prefixes, tails = self.constant.of_rows(rows, device)
-        edited, layers = len(self._edited), []
+        edited, layers, variant = len(self._edited), [], torch.empty(0, dtype=torch.long)
         if edited:
-            layers = self._run_edited(rows[0].prompt_length, tails[0][:edited], device)
+            layers, variant = self._run_edited(rows, tails[0][:edited], device)
             rows = [replace(row, begin=edited) for row in rows]
             tails = [tail[edited:] for tail in tails]
         found = []
         for group in length_groups([len(row.ids) - row.begin for row in rows], forward_cost):
             if edited:
-                prefix = [(k.expand(len(group), -1, -1, -1), v.expand(len(group), -1, -1, -1)) for k, v in layers]
+                prefix = [(_of_rows(keys, variant[group]), _of_rows(values, variant[group])) for keys, values in layers]
                 mask = torch.ones(len(group), edited, dtype=torch.bool, device=device)
             else:
                 prefix, mask = self._side_by_side([prefixes[i] for i in group], device)
@@ -261,6 +265,7 @@ class PrefixReuse:
             "shift_labels": targets.masked_fill(~tail_mask, IGNORED_LABEL).to(device),
             "past_key_values": cache,
             "use_cache": cache is not None,
+            "intervention_directions": _stacked_directions(rows, device),
         }
         entering = None
         if self.first == 0:
@@ -270,21 +275,34 @@ class PrefixReuse:
             inputs["inputs_embeds"] = entering.new_zeros(1).expand_as(entering)
         return Reduced(members, inputs, self.blocks, self.first, entering, self.constant.as_tuple)
 
-    def _run_edited(self, prompt_length: int, entering: Tensor, device: torch.device) -> list[KeysAndValues]:
-        """Keys and values of the shared and edited tokens, computed once, with gradients, for all rows."""
+    def _run_edited(
+        self, rows: list[Row], entering: Tensor, device: torch.device
+    ) -> tuple[list[KeysAndValues], Tensor]:
+        """Keys and values of the shared and edited tokens, with gradients: once for all rows that are edited alike.
+
+        Returns:
+            The layers' keys and values, one variant beside another; and of each row, which variant is its.
+        """
         cache = WholeCache(self.model.config)
+        directions, variant = _stacked_directions(rows, device), torch.zeros(len(rows), dtype=torch.long, device=device)
+        if directions is not None:
+            directions, variant = directions.unique(dim=0, return_inverse=True)
+        count = 1 if directions is None else len(directions)
         states = None
         if self.first == 0:
-            inputs = {"input_ids": self._edited.unsqueeze(0).to(device)}
+            inputs = {"input_ids": self._edited.to(device).expand(count, -1)}
         else:
-            states = entering.unsqueeze(0).to(device)
+            states = entering.to(device).expand(count, -1, -1)
             inputs = {"inputs_embeds": states.new_zeros(1).expand_as(states)}
-        positions = torch.arange(len(self._edited), device=device).unsqueeze(0)
-        length = torch.tensor([prompt_length], device=device)
+        positions = torch.arange(len(self._edited), device=device).expand(count, -1)
+        lengths = torch.full((count,), rows[0].prompt_length, device=device)
         with only_blocks(self.blocks, self.first, len(self.blocks), states, True, self.constant.as_tuple):
-            self.owner(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, prompt_lengths=length)
+            self.owner(
+                **inputs, position_ids=positions, past_key_values=cache, use_cache=True, prompt_lengths=lengths,
+                intervention_directions=directions,
+            )  # fmt: skip
         layers: list[Any] = cache.layers[self.first :]
-        return [(layer.keys, layer.values) for layer in layers]
+        return [(layer.keys, layer.values) for layer in layers], variant
 
     def _side_by_side(self, prefixes: list[Tensor], device: torch.device) -> tuple[list[KeysAndValues], Tensor]:
         """Prefixes (layers, 2, heads, tokens, dim), the shared tokens before each, left-padded; and their mask."""
@@ -310,7 +328,8 @@ class PrefixReuse:
             model = model.module
         chosen = sorted(range(len(rows)), key=lambda row: len(rows[row].ids))[:2]  # the shortest: they cost the least
         width = int(inputs["attention_mask"][chosen].sum(1).max()) if "attention_mask" in inputs else None
-        few = {name: value[chosen] if value.ndim < 2 else value[chosen, :width] for name, value in inputs.items()}
+        of_tokens = PLAIN_INPUTS - {"prompt_lengths", "intervention_directions"}
+        few = {name: value[chosen, :width] if name in of_tokens else value[chosen] for name, value in inputs.items()}
         forms: list[int] = []
         handles = [
             block.register_forward_hook(
@@ -347,3 +366,13 @@ class PrefixReuse:
                     f"(allowed: {tolerance:.1e})"
                 )
         self._checked = True
+
+
+def _stacked_directions(rows: list[Row], device: torch.device) -> Tensor | None:
+    found = [row.directions for row in rows if row.directions is not None]
+    return torch.stack(found).to(device) if found else None
+
+
+def _of_rows(variants: Tensor, chosen: Tensor) -> Tensor:
+    """Each row's variant; a single one without a copy."""
+    return variants[chosen] if len(variants) > 1 else variants.expand(len(chosen), -1, -1, -1)

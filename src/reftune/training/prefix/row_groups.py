@@ -19,8 +19,8 @@ from reftune.training.supervised_logits import shifted
 ONE_MORE_FORWARD = 64
 """What a forward and its backward cost beside their tokens, in tokens: estimated from reading 135M weights twice."""
 
-PLAIN_INPUTS = {"input_ids", "attention_mask", "labels", "prompt_lengths"}
-"""What a batch of rows alone holds."""
+PLAIN_INPUTS = {"input_ids", "attention_mask", "labels", "prompt_lengths", "intervention_directions"}
+"""What a batch of rows alone holds, and which directions of an edit act on each."""
 
 
 def one_more_forward(model: nn.Module, device: torch.device) -> int | None:
