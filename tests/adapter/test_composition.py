@@ -69,7 +69,7 @@ def test_one_adapter_can_be_negated_while_another_acts() -> None:
     torch.testing.assert_close(_hidden(model), first - (second - base), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["loreft", "direft", "noreft", "consreft", "lobireft", "direft_orthogonal"])
+@pytest.mark.parametrize("method", ["loreft", "direft", "noreft", "consreft", "lobireft", "direft_orthogonal", "gated"])
 def test_directions_restrict_an_edit_to_a_part_of_its_subspace(method: str) -> None:
     model = _model(r=4, method=method)
     edit: Any = model.base_model.engine.edits("first")["model.layers.1"]

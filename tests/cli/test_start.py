@@ -106,8 +106,11 @@ def test_the_norms_that_info_reads_are_those_of_the_folded_edit(tmp_path: Path, 
     model = get_peft_model(TINY["llama"](), config).to(dtype)
     model.save_pretrained(str(tmp_path))
     (edit,) = (module for module in model.modules() if isinstance(module, reftune.Edit))
-    folded = edit.eval().float().fold()
     (found,) = read_adapter_info(tmp_path).edits
+    if not edit.folds:
+        assert found.linear_norm is None and found.constant_norm is None
+        return
+    folded = edit.eval().float().fold()
     rough = 1e-5 if dtype == torch.float32 else 2e-2
     assert found.linear_norm == pytest.approx(float((folded.A @ folded.B).norm()), rel=rough)
     assert found.constant_norm == pytest.approx(float((folded.b @ folded.B).norm()), rel=rough)

@@ -44,7 +44,7 @@ class Gated(nn.Module):
 
 
 def test_the_librarys_methods_are_known_by_name() -> None:
-    names = ["consreft", "direft", "direft_orthogonal", "lobireft", "loreft", "nodireft", "noreft"]
+    names = ["consreft", "direft", "direft_orthogonal", "gated", "lobireft", "loreft", "nodireft", "noreft"]
     assert available_edits() == names
     assert edit_class("loreft") is LoreftEdit and edit_class("nodireft") is DireftEdit
 

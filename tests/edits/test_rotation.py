@@ -18,7 +18,7 @@ from reftune.edits.rotation import householder, orthonormal, retract_
 from reftune.errors import ReftuneError
 
 WIDTH, RANK = 16, 4
-ROTATED = ["consreft", "direft_orthogonal", "lobireft", "loreft"]
+ROTATED = ["consreft", "direft_orthogonal", "gated", "lobireft", "loreft"]
 
 
 def _gram_error(R: Tensor) -> float:

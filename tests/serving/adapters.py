@@ -20,6 +20,9 @@ def save_adapter(model: nn.Module, folder: Path, seed: int = 0, strength: float 
         for name, parameter in peft.named_parameters():
             if "intervention." in name and not name.endswith(("rotation", "reflectors", "basis")):
                 parameter.data.normal_(0.0, strength)
+        for name, buffer in peft.named_buffers():
+            if name.endswith((".probe", ".threshold")):  # a gate that shuts on half of the states
+                buffer.normal_(0.0, strength)
     peft.save_pretrained(str(folder))
     peft.unload()
     return folder

@@ -25,6 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all": {"positions": "all", "layers_to_transform": [0, 1]},
     "answer": {"positions": "l1+generated", "component": "mlp_output"},
     "bent": {"act_fn": "tanh", "positions": "l2"},
+    "gated": {"method": "gated", "positions": "l1+generated"},
 }
 Job = tuple[str | None, tuple[int, ...]]
 

@@ -38,6 +38,7 @@ def folders(llama, tmp_path_factory) -> dict[str, Path]:
         "bent": {"act_fn": "tanh", "layers_to_transform": [1]},
         "untied": {"positions": "f2+l2", "share_weights": False},
         "elsewhere": {"layers_to_transform": [0]},
+        "gated": {"method": "gated", "layers_to_transform": [1]},
     }
     return {n: save_adapter(llama, root / n, seed=i, **config) for i, (n, config) in enumerate(configs.items())}
 
@@ -57,8 +58,8 @@ def expected_rows(edit, rows, scale):
 @pytest.mark.parametrize("length", [1, 2, 40], ids=["one row a run", "two rows a run", "many rows a run"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_rows_are_edited_as_each_adapters_own_edit_does(bank, folders, llama, length: int, dtype) -> None:
-    scales = {"two": 1.0, "eight": -0.5, "constant": 2.0, "bent": 0.25, "untied": 1.0, "elsewhere": 1.0}
-    hidden = torch.randn(1, 6 * (length + 1) + 3, HIDDEN).to(dtype)
+    scales = {"two": 1.0, "eight": -0.5, "constant": 2.0, "bent": 0.25, "untied": 1.0, "gated": 0.5, "elsewhere": 1.0}
+    hidden = torch.randn(1, len(scales) * (length + 1) + 3, HIDDEN).to(dtype)
     runs, expected = [], hidden.clone()
     for place, (name, scale) in enumerate(scales.items()):
         part = "suffix" if name == "untied" else "both"
@@ -73,7 +74,7 @@ def test_rows_are_edited_as_each_adapters_own_edit_does(bank, folders, llama, le
     assert edited.dtype == dtype and edited.shape == hidden.shape
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(edited, expected, rtol=tolerance, atol=tolerance)
-    untouched = [row for row in range(hidden.shape[1]) if not any(r.start <= row < r.stop for r in runs[:5])]
+    untouched = [row for row in range(hidden.shape[1]) if not any(r.start <= row < r.stop for r in runs[:-1])]
     assert torch.equal(edited[0, untouched], hidden[0, untouched])
 
 

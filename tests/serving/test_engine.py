@@ -68,7 +68,7 @@ STATES = {
 
 @pytest.mark.parametrize("state", STATES)
 def test_every_answer_of_every_adapter_is_that_of_generate(llama, folders, expected, state: str) -> None:
-    """63 requests at once, of eight adapters and the base; then once more, with what is cached."""
+    """70 requests at once, of nine adapters and the base; then once more, with what is cached."""
     options, happened = STATES[state]
     options = {"page_tokens": 8, "cache_tokens": 4096, **options}
     bank = Bank(max_adapters=options.pop("bank", None))

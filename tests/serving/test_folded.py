@@ -76,8 +76,9 @@ def test_a_half_precision_file_folds_as_what_peft_makes_of_it(llama, folder: Pat
         assert all(map(torch.equal, tensors(edit.folded), tensors(one.fold())))
 
 
-def test_an_edit_with_an_activation_is_kept_as_the_edit_itself(llama, tmp_path: Path) -> None:
-    folder = save_adapter(llama, tmp_path, act_fn="relu", parametrization="householder")
+@pytest.mark.parametrize("config", [{"act_fn": "relu"}, {"method": "gated"}], ids=str)
+def test_an_edit_that_is_not_linear_is_kept_as_the_edit_itself(llama, tmp_path: Path, config) -> None:
+    folder = save_adapter(llama, tmp_path, parametrization="householder", **config)
     adapter = read_folded(folder)
     h = torch.randn(5, HIDDEN)
     assert not adapter.linear

@@ -37,8 +37,10 @@ TENSORS = {
     "loreft": ("rotation", "weight", "bias"), "noreft": ("projection", "weight", "bias"),
     "consreft": ("rotation", "bias"), "lobireft": ("rotation", "bias"), "direft": ("projection", "weight", "bias"),
     "nodireft": ("projection", "weight", "bias"), "direft_orthogonal": ("rotation", "weight", "bias"),
+    "gated": ("rotation", "weight", "bias", "probe", "threshold"),
 }  # fmt: skip
-"""What a checkpoint holds of each edit: vectors (bias) of r numbers, the others r x width."""
+"""What a checkpoint holds of each edit; a tensor that is not in `_SHAPES` is r x width."""
+_SHAPES = {"bias": "r", "offset": "r", "probe": "width", "threshold": "one"}
 _DECIDING = ("method", "r", "layers_to_transform", "component", "positions", "share_weights", "act_fn")
 """Fields without which an adapter is another function; every version has saved them."""
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -309,7 +311,8 @@ def _expected(config: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
         return None
     width = max((shape[-1] for shape, _ in found.values() if shape), default=0)
     names = (*names, "offset") if config.get("add_bias") and config["method"] == "noreft" else names
-    return {name: (config["r"],) if name in ("bias", "offset") else (config["r"], width) for name in names}
+    sizes = {"r": config["r"], "width": width, "one": 1}
+    return {name: (sizes[_SHAPES[name]],) if name in _SHAPES else (config["r"], width) for name in names}
 
 
 def _lies_beside(config: Mapping[str, Any], name: str) -> bool:

@@ -210,7 +210,7 @@ def _directions(
     model: nn.Module, tokenizer: Any, edit: nn.Module, words: int
 ) -> tuple[list[Direction], Direction | None]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(edit, Edit) or not edit.is_linear or head is None or head.weight.shape[1] != edit.width:
+    if not isinstance(edit, Edit) or not edit.folds or head is None or head.weight.shape[1] != edit.width:
         return [], None
     folded = edit.fold()
     unembedding = head.weight.float()

@@ -9,6 +9,7 @@ from reftune.edits.consreft import ConsreftEdit
 from reftune.edits.direft import DireftEdit
 from reftune.edits.direft_orthogonal import DireftOrthogonalEdit
 from reftune.edits.flat import FlatEdit
+from reftune.edits.gated import GatedEdit
 from reftune.edits.lobireft import LobireftEdit
 from reftune.edits.loreft import LoreftEdit
 from reftune.edits.noreft import NoreftEdit
@@ -22,6 +23,7 @@ __all__ = [
     "Edit",
     "FlatEdit",
     "FoldedEdit",
+    "GatedEdit",
     "LobireftEdit",
     "LoreftEdit",
     "NoreftEdit",

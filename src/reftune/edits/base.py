@@ -181,7 +181,7 @@ class Edit(nn.Module):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the activation function is the identity."""
+        """Whether the change is affine in `h`: the activation function is the identity."""
         return is_linear(self.act_fn)
 
     def activate(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from reftune.adapter.config import ReftConfig
     from reftune.data.tokenising import Encoding
 
-EDITS = ("consreft", "direft", "direft_orthogonal", "lobireft", "loreft", "nodireft", "noreft")
+EDITS = ("consreft", "direft", "direft_orthogonal", "gated", "lobireft", "loreft", "nodireft", "noreft")
 """The library's own edits, for the help: `available_edits()` without importing torch."""
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"

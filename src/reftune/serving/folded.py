@@ -69,8 +69,9 @@ class SiteEdit:
     @property
     def width(self) -> int:
         """Channels of the hidden state that the edit maps."""
-        tensor = self.folded.A if self.folded is not None else max(self._tensors(), key=lambda t: t.shape[-1]).mT
-        return tensor.shape[0]
+        if self.folded is not None:
+            return self.folded.A.shape[0]
+        return max(tensor.shape[-1] for tensor in self._tensors() if tensor.ndim)
 
     @property
     def nbytes(self) -> int:

@@ -64,7 +64,7 @@ def test_a_missing_vllm_and_a_missing_folder_are_said(written: Cases, monkeypatc
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({}, None), ({"component": "mlp_output"}, "block_output only"), ({"act_fn": "gelu"}, "linear edits only"),
+    [({}, None), ({"component": "mlp_output"}, "block_output only"), ({"act_fn": "gelu"}, "linear edits only"), ({"method": "gated"}, "gate is a step"),
      ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"trainable_token_indices": [3]}, "trainable_token_indices")],
 )  # fmt: skip
 def test_auto_is_told_which_adapter_vllm_cannot_serve(

@@ -50,6 +50,8 @@ def unservable_adapter(adapters: Sequence[str | Path]) -> str | None:
             continue
         if config.get("component", "block_output") != "block_output":
             return f"adapter {name!r}: component={config['component']!r}, and vLLM can edit block_output only"
+        if config.get("method") == "gated":
+            return f"adapter {name!r}: method='gated', whose gate is a step, and vLLM can apply linear edits only"
         if config.get("act_fn") not in (None, "linear"):
             return f"adapter {name!r}: act_fn={config['act_fn']!r}, and vLLM can apply linear edits only"
         if beside := trained_beside_edits(config):

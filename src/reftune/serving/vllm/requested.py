@@ -137,7 +137,7 @@ def check(adapter: FoldedAdapter, shape: ModelShape) -> None:
         raise ReftuneError(f"{where}: component={adapter.component!r}: vLLM can edit block_output only. {elsewhere}")
     if not adapter.linear:
         raise ReftuneError(
-            f"{where}: its edit is not linear (act_fn, or an edit of your own), vLLM cannot fold it. {elsewhere}"
+            f"{where}: its edit is not linear (a gate, act_fn, an edit of your own), vLLM cannot fold it. {elsewhere}"
         )
     for edit in adapter.edits:
         if edit.layer is None or edit.layer >= shape.layers or edit.width != shape.width:
