@@ -221,3 +221,66 @@ def test_a_control_vector_goes_out_and_comes_in_again(steer, cli, pairs: Path, t
     (notes := tmp_path / "notes.gguf").write_text("how to export a controlvector")
     refused(steer(pairs, "--layers", "1", "--gguf", notes), "something else than such results")
     assert notes.read_text() == "how to export a controlvector"
+
+
+@pytest.fixture(scope="module")
+def when(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("when") / "when.csv"
+    path.write_text("prompt,label\n" + "".join(f"{'say' if n % 2 else 'count up'} {n},{n % 2}\n" for n in range(24)))
+    return path
+
+
+@pytest.mark.parametrize("flags", [(), ("--positions", "l1"), ("--remove",)], ids=str)
+def test_a_gate_is_found_told_and_written(
+    steer, cli, rows: Path, when: Path, tiny: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    result = steer(rows, "--when", when, "--layers", "0,1", "--max-new-tokens", "4", *flags)
+    assert result.exit_code == 0, result.output
+    out, read = tmp_path / "out", found(tmp_path / "out")
+    assert read["method"] == "gated" and "gate of layer 1" in result.output and "held-out tokens" in result.output
+    assert [gate["layer"] for gate in read["gates"]] == [0, 1]
+    edits = edits_of(tiny, out)
+    assert len(edits) == 2
+    for edit, gate in zip(edits.values(), read["gates"], strict=True):
+        assert edit.threshold.item() == pytest.approx(gate["threshold"], rel=1e-6)
+        assert edit.probe.norm() == pytest.approx(1, rel=1e-5)
+    for command in (["info", out], ["generate", out, "--prompt", "say 3", "--max-new-tokens", 4, "--device", "cpu"]):
+        assert cli(*command).exit_code == 0
+
+
+def test_the_figures_of_a_gate_are_those_of_the_adapter_that_was_written(
+    steer, rows: Path, when: Path, tmp_path: Path
+) -> None:
+    neutral = tmp_path / "neutral.jsonl"
+    asked = [{"prompt": f"{'say' if n < 2 else 'count up'} {n}", "completion": "it"} for n in range(8)]
+    neutral.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    assert steer(rows, "--when", when, "--layers", "0", "--positions", "l1", "--neutral-file", neutral).exit_code == 0
+    read = found(tmp_path / "out")
+    edited = load_edited(tmp_path / "out", device="cpu")
+    (edit,) = edited.model.base_model.engine.edits("default").values()  # type: ignore[union-attr, operator]
+    opened = []
+    for row in asked:
+        ids = torch.tensor(edited.encoding.prompt_ids([str(row["prompt"])]))
+        with torch.no_grad(), edited.model.disable_adapter():
+            hidden = edited.model(input_ids=ids, output_hidden_states=True).hidden_states[1][0, -1:]
+        opened.append(float(edit.is_open(hidden)))
+    (gate,) = read["gates"]
+    assert gate["neutral prompts"] == gate["neutral tokens"] == pytest.approx(sum(opened) / 8)
+    behind = read["kl behind the gate, nats a token"]
+    assert behind < read["kl, nats a token"] if sum(opened[1::2]) < 4 else behind == read["kl, nats a token"]
+
+
+def test_a_gate_that_tells_nothing_is_told(steer, rows: Path, tmp_path: Path) -> None:
+    same = tmp_path / "same.csv"
+    same.write_text("prompt,label\n" + "".join(f"say {n // 2},{n % 2}\n" for n in range(24)))
+    result = steer(rows, "--when", same, "--layers", "0", "--positions", "l1")
+    assert result.exit_code == 0 and "hardly tells where to act" in result.output
+
+
+def test_gates_that_cannot_be(steer, pairs: Path, when: Path, tmp_path: Path) -> None:
+    refused(steer(pairs, "--when", tmp_path / "none.csv"), "none.csv")
+    refused(steer(pairs, "--when", pairs), "label")
+    refused(steer(pairs, "--when", when, "--gguf", tmp_path / "a.gguf"), "--gguf")
+    refused(steer(pairs, "--when-label", "1"), "--when")
+    refused(steer(pairs, "--when", when, "--when-label", "2"), "labels are 0, 1")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "a.gguf").exists()

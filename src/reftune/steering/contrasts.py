@@ -146,18 +146,28 @@ def _instructed(
     return Contrasts(positive, negative, True, "answers under two instructions")
 
 
-def _classes(texts: Sequence[LabelledText], wanted: str | None) -> Contrasts:
-    labels = sorted({str(text.label) for text in texts})
-    source = texts[0].where.rpartition(", row")[0]
-    if len(labels) < 2:
-        raise ReftuneError(f"{source}: every text has the label {labels[0]!r}; two classes are needed.")
+def wanted_class(labels: Sequence[str], wanted: str | None, source: str, flag: str) -> str:
+    """The label that is wanted, of at least two: as asked, else that of the usual ones which is there.
+
+    Raises:
+        ReftuneError: one class, one that is not there, or none that is usual.
+    """
+    known = sorted(set(labels))
+    if len(known) < 2:
+        raise ReftuneError(f"{source}: every text has the label {known[0]!r}; two classes are needed.")
     if wanted is None:
-        usual = [label for label in labels if label.lower() in ("1", "true", "positive", "yes")]
+        usual = [label for label in known if label.lower() in ("1", "true", "positive", "yes")]
         if len(usual) != 1:
-            raise ReftuneError(f"{source}: which class is wanted? Name one of {', '.join(labels)} (--positive-label).")
+            raise ReftuneError(f"{source}: which class is wanted? Name one of {', '.join(known)} ({flag}).")
         wanted = usual[0]
-    if wanted not in labels:
-        raise ReftuneError(f"positive_label={wanted!r} is not in {source}; the labels are {', '.join(labels)}.")
+    if wanted not in known:
+        raise ReftuneError(f"{flag} {wanted}: no such label in {source}; the labels are {', '.join(known)}.")
+    return wanted
+
+
+def _classes(texts: Sequence[LabelledText], wanted: str | None) -> Contrasts:
+    source = texts[0].where.rpartition(", row")[0]
+    wanted = wanted_class([str(text.label) for text in texts], wanted, source, "--positive-label")
     positive: list[Row] = [text for text in texts if str(text.label) == wanted]
     negative: list[Row] = [text for text in texts if str(text.label) != wanted]
     return Contrasts(positive, negative, False, f"texts labelled {wanted}, against the others")

@@ -72,7 +72,7 @@ def find_directions(
     most = min(len(spread) - 1, len(gap)) + (estimator != "pca")
     if rank > most:
         raise ReftuneError(f"rank={rank}: so few rows have at most {most} directions; give more rows or a lower rank.")
-    basis = [] if estimator == "pca" else [_unit(gap if estimator == "mean" else _probe(one, other))]
+    basis = [] if estimator == "pca" else [_unit(gap if estimator == "mean" else probe_normal(one, other))]
     if len(basis) < rank:
         for kept in basis:
             spread = spread - np.outer(spread @ kept, kept)
@@ -109,12 +109,19 @@ def _signs(one: np.ndarray, other: np.ndarray, paired: bool) -> np.ndarray:
     return np.where(ahead < 0, -1.0, 1.0)
 
 
-def _probe(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def probe_normal(
+    one: Float[np.ndarray, "rows width"], other: Float[np.ndarray, "others width"]
+) -> Float[np.ndarray, " width"]:
+    """The normal of a logistic regression between two sets of states, pointing to the first.
+
+    Raises:
+        ReftuneError: scikit-learn is not installed.
+    """
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
         raise ReftuneError(
-            "estimator='probe' needs scikit-learn: run `pip install scikit-learn`, or take 'mean'."
+            "A probe (--estimator probe, --when) needs scikit-learn: run `pip install scikit-learn`."
         ) from None
     states = np.concatenate([one, other])
     labels = np.repeat([1, 0], [len(one), len(other)])

@@ -75,8 +75,18 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         told.append((f"held-out loss, {side}", f"{before[side]:.3f} to {after[side]:.3f} nats a token"))
     if (ratio := found["log-likelihood ratio, nats a token"]) is not None:
         told.append(("gain of positive on negative", f"{ratio:.3f} nats a token"))
+    for gate in found["gates"]:
+        told.append(
+            (
+                f"gate of layer {gate['layer']:.0f}",
+                f"tells {gate['held-out accuracy']:.0%} of held-out tokens apart (50%: by luck); open on "
+                f"{gate['neutral tokens']:.0%} of neutral tokens, in {gate['neutral prompts']:.0%} of neutral prompts",
+            )
+        )
     asked = "" if settings["kl"] is None else f" (asked: {settings['kl']:g}; measured on other rows)"
     told.append(("KL from the base", f"{found['kl, nats a token']:.3f} nats a token{asked}"))
+    if (behind := found["kl behind the gate, nats a token"]) is not None:
+        told.append(("KL behind the gate", f"{behind:.3f} nats a token (all else is measured with the gate open)"))
     neutral = found["neutral loss, base"], found["neutral loss, steered"]
     return [*told, ("loss on neutral text", f"{neutral[0]:.3f} to {neutral[1]:.3f} nats a token")]
 
@@ -90,8 +100,13 @@ def warnings(found: dict[str, Any]) -> list[str]:
             f"Layer {', '.join(map(str, weak))} hardly tells the held-out sides apart: this direction may be noise. "
             "Give more rows, or rows that differ in nothing else."
         )
+    if dull := [f"{gate['layer']:.0f}" for gate in found["gates"] if gate["held-out accuracy"] < 0.7]:
+        said.append(
+            f"Layer {', '.join(dull)}: the gate hardly tells where to act from where not to. Give more prompts, or "
+            "another layer (--layers)."
+        )
     before, after = found["held-out loss, base"], found["held-out loss, steered"]
-    side = "positive" if found["strength"] > 0 and found["method"] == "lobireft" else "negative"
+    side = "positive" if found["strength"] > 0 and not found["settings"]["remove"] else "negative"
     if before and after[side] >= before[side]:
         said.append(f"The edit makes the held-out {side} answers no likelier: a trained edit may (reftune train).")
     return said

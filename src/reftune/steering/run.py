@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from reftune.output.targets import check_file_target, check_folder_target
 from reftune.runs.output_folder import save_adapter
 from reftune.steering.contrasts import Contrasts, Row, neutral_rows, read_contrasts
 from reftune.steering.directions import Direction, find_directions, gap_in_deviations, separation
+from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edit, open_shares, read_when, thirds
 from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
-from reftune.steering.states import mean_states
+from reftune.steering.states import mean_states, token_states
 from reftune.steering.strength import AgainstBase, edit_of, steered, strength_for
 from reftune.steering.vectors import holds_vectors, read_vectors, write_vectors
 
@@ -77,6 +78,14 @@ class _Base:
     def rows(self, rows: Sequence[Row]) -> list[Encoded]:
         return self.encoding.dataset(rows).to_list()  # type: ignore[arg-type, return-value]
 
+    def prompts(self, rows: Sequence[Example]) -> list[Encoded]:
+        """Rows of which some have no completion."""
+        return [
+            self.rows([row])[0] if row.completion.strip()
+            else {"input_ids": (ids := self.encoding.generation_prompt(row)), "labels": [], "prompt_length": len(ids)}
+            for row in rows
+        ]  # fmt: skip
+
     def loss(self, rows: Sequence[Encoded]) -> float:
         return row_losses(self.model, rows, self.pad, self.batch_size).per_token
 
@@ -93,11 +102,13 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
         ReftuneError: rows, settings or an output that cannot be used.
     """
     output = Path(settings.output).expanduser()
-    check_folder_target(output, "output=", (RESULT_FILE,), [source, settings.neutral_file], settings.model)
+    inputs = [source, settings.neutral_file, settings.when]
+    check_folder_target(output, "output=", (RESULT_FILE,), inputs, settings.model)
     refuse_if_locked(output)
     if settings.gguf:
-        check_file_target(Path(settings.gguf), "--gguf", [source, settings.neutral_file], ours=holds_vectors)
+        check_file_target(Path(settings.gguf), "--gguf", inputs, ours=holds_vectors)
     neutral = neutral_rows(settings.neutral_file)
+    when = None if settings.when is None else read_when(settings.when, settings.when_label)
     # What cannot be used is told before a model is loaded; answers to be written need one.
     vectors = read_vectors(source) if str(source).lower().endswith(".gguf") else None
     contrasts = None if vectors or settings.positive_prompt is not None else _read(source, settings)
@@ -115,14 +126,16 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
             found = _search(base, sites, contrasts or _read(source, settings, base), settings, progress)
         else:
             found = _Found(_as_directions(vectors, sites, str(source)), settings.scale or 1.0, "a control vector")
+        gates, told = _gates(base, list(found.directions), when, neutral, settings, progress) if when else ({}, [])
         progress.add_task("Measuring", total=None)
-        result = _measure(base, found, neutral, settings)
+        result = _measure(base, found, neutral, settings, gates)
+        result["gates"] = told
     strength = result["strength"]
     if settings.gguf:
         added = {int(site.layer or 0): strength * d.vector for site, d in found.directions.items()}
         write_vectors(settings.gguf, added, str(model.config.model_type))
     with only_writer(output):
-        _save(base, found.directions, strength, settings, output)
+        _save(base, found.directions, gates, strength, settings, output)
         draw(result, output / PICTURE_FILE)
         write_text(output / CARD_FILE, card(result, settings.model))
         write_text(output / RESULT_FILE, json.dumps(result, indent=2) + "\n")
@@ -161,8 +174,8 @@ def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Co
     return contrasts
 
 
-def _written(base: _Base, prompts: Sequence[Example], instruction: str, settings: SteerSettings) -> list[str]:
-    """Greedy answers of the base model under an instruction."""
+def _written(base: _Base, prompts: Sequence[Example], instruction: str | None, settings: SteerSettings) -> list[str]:
+    """Greedy answers of the base model, under an instruction or as it is."""
     nothing = ReftConfig(method="lobireft", r=1, layers_to_transform=[0], task_type="CAUSAL_LM")
     peft: Any = get_peft_model(base.model, nothing)
     encoding = Encoding(base.tokenizer, system_prompt=instruction, max_length=base.encoding.limit)
@@ -262,6 +275,48 @@ def _choose(
     return *taken, tried
 
 
+def _gates(
+    base: _Base,
+    sites: list[Site],
+    when: tuple[list[Example], list[Example]],
+    neutral: Sequence[Example],
+    settings: SteerSettings,
+    progress: Progress,
+) -> tuple[dict[Site, Gate], list[dict[str, float]]]:
+    """A gate for every site that is edited, and how well each tells prompts that had no part in it apart.
+
+    Where the answers' tokens are edited and the rows have none, the model writes them.
+    """
+    positions = parse_positions(settings.positions)
+    progress.add_task("Finding where to act", total=None)
+
+    def states(rows: Sequence[Example]) -> list[Any]:
+        if positions.generated and (asked := [row for row in rows if not row.completion.strip()]):
+            answers = iter(_written(base, asked, None, settings))
+            rows = [row if row.completion.strip() else replace(row, completion=next(answers)) for row in rows]
+        return token_states(base.model, base.prompts(rows), sites, positions, base.pad, base.batch_size)
+
+    act, rest, plain = states(when[0]), states(when[1]), states(neutral)
+    splits = [thirds(len(side), settings.eval_fraction, settings.seed) for side in (act, rest)]
+    gates: dict[Site, Gate] = {}
+    told: list[dict[str, float]] = []
+    for place, site in enumerate(sites):
+        parts = [
+            [np.concatenate([side[row][place] for row in rows]) for rows in split]
+            for side, split in zip((act, rest), splits, strict=True)
+        ]
+        gate = gates[site] = find_gate(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
+        accuracy = balanced_accuracy(gate, parts[0][2], parts[1][2])
+        tokens, prompts = open_shares(gate, [row[place] for row in plain])
+        told.append(
+            {
+                "layer": float(site.layer or 0), "threshold": gate.threshold, "held-out accuracy": accuracy,
+                "neutral tokens": tokens, "neutral prompts": prompts,
+            }
+        )  # fmt: skip
+    return gates, told
+
+
 @dataclass(frozen=True)
 class _Found:
     """Directions that are taken, how strong they are, and what is known of them.
@@ -296,8 +351,10 @@ def _search(
     return _Found({site: directions[site] for site in chosen}, strength, contrasts.said, held, facts)
 
 
-def _measure(base: _Base, found: _Found, neutral: Sequence[Example], settings: SteerSettings) -> dict[str, Any]:
-    """What the edit does: the result as it is written."""
+def _measure(
+    base: _Base, found: _Found, neutral: Sequence[Example], settings: SteerSettings, gates: dict[Site, Gate]
+) -> dict[str, Any]:
+    """What the edit does, its gates open, and what it does behind them: the result as it is written."""
     rows, strength = base.rows(neutral), found.strength
     if settings.kl is not None:
         some = AgainstBase(base.model, rows[::2], base.pad, base.batch_size)
@@ -312,14 +369,19 @@ def _measure(base: _Base, found: _Found, neutral: Sequence[Example], settings: S
     with steered(base.model, found.directions, settings.positions, strength, settings.remove):
         kl, neutral_loss = others()
         after = {side: base.loss(rows) for side, rows in found.held.items()}
+    behind = None
+    if gates:
+        with steered(base.model, found.directions, settings.positions, strength, settings.remove, gates):
+            behind = others()[0]
     return {
         "from": found.said,
-        "method": "consreft" if settings.remove else "lobireft",
+        "method": _method(settings),
         "layers": [int(site.layer or 0) for site in found.directions],
         "strength": 1.0 if settings.remove else strength,
         "held-out loss, base": before, "held-out loss, steered": after,
         "log-likelihood ratio, nats a token": _ratio(before, after),
-        "kl, nats a token": kl, "neutral loss, base": others.base_loss, "neutral loss, steered": neutral_loss,
+        "kl, nats a token": kl, "kl behind the gate, nats a token": behind,
+        "neutral loss, base": others.base_loss, "neutral loss, steered": neutral_loss,
         **found.facts, "settings": asdict(settings),
     }  # fmt: skip
 
@@ -340,12 +402,21 @@ def _ratio(before: dict[str, float], after: dict[str, float]) -> float | None:
     return (before["positive"] - after["positive"]) - (before["negative"] - after["negative"])
 
 
+def _method(settings: SteerSettings) -> str:
+    return "gated" if settings.when else "consreft" if settings.remove else "lobireft"
+
+
 def _save(
-    base: _Base, directions: dict[Site, Direction], strength: float, settings: SteerSettings, output: Path
+    base: _Base,
+    directions: dict[Site, Direction],
+    gates: dict[Site, Gate],
+    strength: float,
+    settings: SteerSettings,
+    output: Path,
 ) -> None:
     """Write the adapter's two files."""
     config = ReftConfig(
-        method="consreft" if settings.remove else "lobireft",
+        method=_method(settings),
         r=settings.rank,
         layers_to_transform=[int(site.layer or 0) for site in directions],
         positions=settings.positions,
@@ -358,6 +429,6 @@ def _save(
     edits = peft.base_model.engine.edits("default")
     for site, direction in directions.items():
         own = edit_of(direction, strength, settings.remove)
-        edits[site.block_path].load_state_dict(own.state_dict())
+        edits[site.block_path].load_state_dict((gated_edit(own, gates[site]) if gates else own).state_dict())
     save_adapter(peft, output)
     peft.unload()

@@ -34,6 +34,10 @@ class SteerSettings:
     neutral_file: str | None = option(
         None, "Data", "Prompts with plain answers, for the KL divergence; default: 40 that come with reftune."
     )
+    when: str | None = option(
+        None, "Gate", "Act only where a probe says so: labelled prompts, where to act (1) and where not (0)."
+    )
+    when_label: str | None = option(None, "Gate", "The label in --when of prompts where to act; default: 1, true, yes.")
     model: str = option(BUNDLED, "Model", "Base model: 'smollm2' (bundled), a local folder, or a Hub name.")
     dtype: str | None = option(None, "Model", "Data type; default: bfloat16 on CUDA, else float32.")
     device: str | None = option(None, "Model", "cpu, cuda, ...; default: the best there is.")
@@ -74,6 +78,10 @@ class SteerSettings:
             raise ReftuneError("remove: what is taken out has no strength; leave --scale and --kl out.")
         if self.remove and self.gguf:
             raise ReftuneError("remove: a control vector adds and takes nothing out; leave --gguf out.")
+        if self.when is not None and self.gguf:
+            raise ReftuneError("when: a control vector acts everywhere and has no gate; leave --gguf or --when out.")
+        if self.when_label is not None and self.when is None:
+            raise ReftuneError("when_label: there are no labelled prompts; give them with --when.")
         if (self.positive_prompt is None) != (self.negative_prompt is None):
             raise ReftuneError("positive_prompt and negative_prompt go together: give both instructions.")
         if not self.output.strip():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +22,7 @@ from reftune.engine.hooks import edit_passing
 from reftune.engine.position_grammar import Positions
 from reftune.engine.sites import Site
 from reftune.engine.stand_ins import OwnThread
+from reftune.errors import ReftuneError
 
 States = Float[np.ndarray, "rows layers width"]
 
@@ -58,39 +60,77 @@ def mean_states(
     Yields:
         (rows, layers, width).
     """
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-    device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         shape = (len(rows), len(sites), sites[0].width)
         found = np.memmap(Path(folder) / "states", np.float32, "w+", shape=shape)
-        for start in range(0, len(by_length), batch_size):
-            indices = by_length[start : start + batch_size]
-            batch = [rows[index] for index in indices]
-            longest = max(len(row["input_ids"]) for row in batch)
-            ids = torch.full((len(batch), longest), pad_token_id)
-            mask, weights = torch.zeros_like(ids), torch.zeros(ids.shape)
-            for place, row in enumerate(batch):
-                ids[place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-                mask[place, : len(row["input_ids"])] = 1
-                tokens = edited_tokens(row, positions)
-                weights[place, tokens] = 1 / len(tokens)
-            read = _read(model, sites, ids.to(device), mask.to(device), weights.to(device))
-            found[indices] = read.transpose(0, 1).cpu().numpy()
+        for batch in _batches(rows, positions, pad_token_id, batch_size):
+            weights = batch.edited / batch.edited.sum(-1, keepdim=True)
+            read = _read(
+                model, sites, batch, lambda hidden, w=weights: w.to(hidden).unsqueeze(1).bmm(hidden).squeeze(1)
+            )
+            found[batch.indices] = torch.stack(read).transpose(0, 1).numpy()
             if advance is not None:
-                advance(len(indices))
+                advance(len(batch.indices))
         yield found
 
 
+def token_states(
+    model: Any,
+    rows: Sequence[Encoded],
+    sites: Sequence[Site],
+    positions: Positions,
+    pad_token_id: int,
+    batch_size: int,
+) -> list[Float[np.ndarray, "layers tokens width"]]:
+    """Row by row, the states of every token that an edit changes, in float32; arguments as for ``mean_states``."""
+    found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for batch in _batches(rows, positions, pad_token_id, batch_size):
+        chosen = batch.edited.bool()
+        read = torch.stack(_read(model, sites, batch, lambda hidden, chosen=chosen: hidden[chosen.to(hidden.device)]))
+        ends = chosen.sum(-1).cumsum(0)[:-1].tolist()
+        for index, states in zip(batch.indices, read.tensor_split(ends, dim=1), strict=True):
+            found[index] = states.numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one forward, by their indices; ``edited`` is 1 at tokens that an edit changes."""
+
+    indices: list[int]
+    ids: Int[Tensor, "batch position"]
+    mask: Int[Tensor, "batch position"]
+    edited: Float[Tensor, "batch position"]
+
+
+def _batches(rows: Sequence[Encoded], positions: Positions, pad_token_id: int, batch_size: int) -> Iterator[_Batch]:
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    for start in range(0, len(by_length), batch_size):
+        indices = by_length[start : start + batch_size]
+        longest = len(rows[indices[-1]]["input_ids"])
+        ids = torch.full((len(indices), longest), pad_token_id)
+        mask, edited = torch.zeros_like(ids), torch.zeros(ids.shape)
+        for place, row in enumerate(rows[index] for index in indices):
+            ids[place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            mask[place, : len(row["input_ids"])] = 1
+            edited[place, edited_tokens(row, positions)] = 1
+        if not bool(edited.any(-1).all()):
+            raise ReftuneError(
+                f"positions={positions.text!r} edits no token of some rows (texts without answers have no generated "
+                "tokens): choose positions that every row has."
+            )
+        yield _Batch(indices, ids, mask, edited)
+
+
 @torch.no_grad()
-def _read(
-    model: Any, sites: Sequence[Site], ids: Tensor, mask: Tensor, weights: Float[Tensor, "batch position"]
-) -> Float[Tensor, "layers batch width"]:
+def _read(model: Any, sites: Sequence[Site], batch: _Batch, take: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What ``take`` makes of each site's states (batch, position, width), in float32 on the CPU."""
     read: list[Tensor] = [torch.empty(0)] * len(sites)
-    thread = OwnThread()
+    thread, device = OwnThread(), next(model.parameters()).device
 
     def keep(place: int, hidden: Tensor) -> Tensor:
         if thread.here:
-            read[place] = torch.einsum("bp,bpw->bw", weights, hidden.reshape(*weights.shape, -1).float())
+            read[place] = take(hidden.reshape(*batch.ids.shape, -1).float()).cpu()
         return hidden
 
     handles: list[RemovableHandle] = []
@@ -98,8 +138,8 @@ def _read(
         for place, site in enumerate(sites):
             handles.append(edit_passing(model.get_submodule(site.module_path), site.side, partial(keep, place)))
         few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        model(input_ids=ids, attention_mask=mask, use_cache=False, **few)
+        model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False, **few)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(read)
+    return read

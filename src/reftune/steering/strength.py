@@ -18,6 +18,7 @@ from reftune.engine.attach import attach
 from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
 from reftune.steering.directions import Direction
+from reftune.steering.gates import Gate, gated_edit
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.supervised_logits import SupervisedLogits, supervised_forward
 
@@ -40,11 +41,17 @@ def edit_of(direction: Direction, strength: float, remove: bool = False) -> Rota
 
 @contextmanager
 def steered(
-    model: Any, directions: Mapping[Site, Direction], positions: str, strength: float, remove: bool = False
+    model: Any,
+    directions: Mapping[Site, Direction],
+    positions: str,
+    strength: float,
+    remove: bool = False,
+    gates: Mapping[Site, Gate] | None = None,
 ) -> Iterator[None]:
-    """The model with the edits of these directions on it, for the length of a ``with`` block."""
+    """The model with the edits of these directions on it, behind gates if any, for the length of a ``with`` block."""
     device = next(model.parameters()).device
-    edits = {site: edit_of(direction, strength, remove).to(device) for site, direction in directions.items()}
+    edits = {site: edit_of(direction, strength, remove) for site, direction in directions.items()}
+    edits = {site: (gated_edit(edit, gates[site]) if gates else edit).to(device) for site, edit in edits.items()}
     with attach(model, edits=edits, positions=positions, name="steering"):
         yield
 
