@@ -1,9 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from reftune.errors import ReftuneError
+from reftune.serving.bank import Bank
 from reftune.serving.catalogue import Catalogue, is_name
+from tests.users.test_hostile import make_store
+from tests.users.test_store import edit
 
 
 def adapter(path: Path) -> Path:
@@ -75,3 +79,46 @@ def test_ten_thousand_adapters_are_listed_quickly(tmp_path: Path) -> None:
     begin = time.process_time()
     assert len(Catalogue([tmp_path]).names()) == 2000
     assert time.process_time() - begin < 1.0
+
+
+def test_the_users_of_a_store_are_adapters_beside_folders(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "given")
+    adapter(tmp_path / "many" / "carl")
+    catalogue = Catalogue([store.path, tmp_path / "many"])
+    assert catalogue.names() == ["anna", "bob", "carl"] and catalogue.folders == [tmp_path / "many"]
+    assert catalogue.folder("anna") == store.path / "anna" and catalogue.folder("zoe") is None
+    store.write({"zoe": edit(5)})
+    store.delete("bob")
+    assert catalogue.names() == ["anna", "carl", "zoe"] and catalogue.folder("bob") is None
+    catalogue.remove("anna")
+    assert catalogue.names() == ["carl", "zoe"] and catalogue.folder("anna") is None
+    with pytest.raises(ReftuneError, match="served already"):
+        catalogue.add("zoe", "carl")
+    with pytest.raises(ReftuneError, match="no adapter of that path"):
+        catalogue.add("new", store.path / "zoe")
+
+
+def test_a_user_and_another_adapter_of_one_name_are_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "given")
+    adapter(tmp_path / "many" / "anna")
+    with pytest.raises(ReftuneError, match="two adapters are called 'anna'"):
+        Catalogue([tmp_path / "many", store.path])
+    with pytest.raises(ReftuneError, match="two stores have a user 'anna'"):
+        Catalogue([store.path, make_store(tmp_path / "more").path])
+
+
+def test_a_bank_takes_users_and_reads_one_again_who_was_replaced(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.export("anna", tmp_path / "anna")
+    bank = Bank()
+    bank.add("folder", tmp_path / "anna")
+    bank.add("user", store.path / "anna")
+    folder, user = bank.take("folder").loaded.adapter, bank.take("user").loaded.adapter
+    assert all(torch.equal(one.folded.A, two.folded.A) for one, two in zip(folder.edits, user.edits, strict=True))
+    store.write({"bob": edit(7)})
+    assert bank.take("user").loaded.adapter is user and bank.loads == 2
+    store.write({"anna": edit(8)})
+    assert bank.take("user").loaded.adapter.digest != user.digest and bank.loads == 3
+    store.delete("anna")
+    with pytest.raises(ReftuneError, match="no user 'anna'"):
+        bank.take("user")

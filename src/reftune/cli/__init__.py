@@ -20,6 +20,7 @@ Commands.registered = (
     Command("compare", "compare", "compare"),
     Command("sweep", "sweep", "sweep"),
     Command("serve", "serve", "serve", {"ignore_unknown_options": True}),
+    Command("store", "store", "store"),
     Command("info", "info", "info"),
     Command("env", "env", "env"),
     Command("import-pyreft", "import_pyreft", "import_pyreft"),

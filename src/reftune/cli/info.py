@@ -18,11 +18,20 @@ _EDITED, _LEFT = "\N{BLACK CIRCLE}", "\N{MIDDLE DOT}"
 
 
 def info(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`; or a store of users."),
+    ],
 ) -> None:
     """What an adapter edits: layers by positions, norms, parameters. Loads no base model."""
     from reftune.adapter.info import read_adapter_info
 
+    if (folder.expanduser() / "users.sqlite").is_file():
+        from reftune.cli.store import summary
+        from reftune.users.store import UserStore
+
+        terminal.console().print(summary(UserStore.open(folder)), highlight=False)
+        return
     found = read_adapter_info(folder)
     settings, console = found.settings, terminal.console()
     facts = Table(show_header=False, box=None, pad_edge=False)

@@ -26,7 +26,7 @@ def serve(
             "--adapters",
             "-a",
             metavar="DIR",
-            help="Folder of adapters, or an adapter itself; may be given several times.",
+            help="Folder of adapters, an adapter itself, or a store of users; may be given several times.",
             rich_help_panel=SERVING,
         ),
     ] = None,

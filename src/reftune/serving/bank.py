@@ -35,6 +35,7 @@ from reftune.engine.positions import Part
 from reftune.engine.row_plan import EditedRange, Run, edited_ranges
 from reftune.errors import ReftuneError
 from reftune.serving.folded import FoldedAdapter, read_folded
+from reftune.users.store import user_of
 
 logger = logging.getLogger(__name__)
 Site = tuple[str, str]
@@ -354,9 +355,11 @@ class Bank:
 
 
 def _signature(folder: Path) -> tuple[int, ...]:
-    """What changes when a folder's files are replaced; empty where one is missing."""
+    """What changes when a folder's files, or a user of a store, are replaced; empty where there is none."""
     try:
+        if (user := user_of(folder)) is not None:
+            return (int(user[0].digest(user[1]), 16),)
         found = [(folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    except OSError:
+    except (OSError, ReftuneError):
         return ()
     return tuple(n for stat in found for n in (stat.st_mtime_ns, stat.st_size, stat.st_ino))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from reftune.errors import ReftuneError
+from reftune.users.store import UserStore, is_name, is_store
 
 CONFIG_FILE = "adapter_config.json"
 _LOOK_AGAIN = 1.0
@@ -18,35 +21,55 @@ _LOOK_AGAIN = 1.0
 class Catalogue:
     """Adapters by name, in the folders that were allowed; **looks at the disk again** when a name is asked for.
 
-    A folder is an adapter itself (its name is the folder's), or holds adapters one level down. A link that leads out of
-    an allowed folder is not followed. Ten thousand folders are listed in well under a second, because nothing is read.
+    A folder is an adapter itself (its name is the folder's), holds adapters one level down, or is a store of users,
+    each of whom is an adapter in the place ``STORE/NAME``. A link that leads out of an allowed folder is not followed.
+    Ten thousand folders are listed in well under a second, because nothing is read.
 
     Args:
         folders: the allowed folders.
+
+    Attributes:
+        folders: those of adapters.
+        stores: those of users.
 
     Raises:
         ReftuneError: one that is not there, or two adapters of one name.
     """
 
     def __init__(self, folders: Sequence[str | Path]):
-        self.folders = [Path(folder).expanduser() for folder in folders]
-        for folder in self.folders:
+        given = [Path(folder).expanduser() for folder in folders]
+        for folder in given:
             if not folder.is_dir():
                 raise ReftuneError(f"--adapters {folder}: there is no such folder.")
+        self.stores = [UserStore.open(folder) for folder in given if is_store(folder)]
+        self.folders = [folder for folder in given if not is_store(folder)]
+        self._users: tuple[Any, list[str]] = (None, [])
         self._added: dict[str, Path] = {}
         self._removed: set[str] = set()
         self._found: dict[str, Path] = {}
         self._looked = (0.0, ())
         self._lock = threading.Lock()
-        self._look(strict=True)
+        for name in self._look(strict=True):
+            if (user := self._user(name)) is not None:
+                raise ReftuneError(f"two adapters are called {name!r}: {self._found[name]} and {user}; rename one.")
+        if len(self.stores) > 1:
+            counted = Counter(name for store in self.stores for name in store.names())
+            if twice := [name for name, count in counted.items() if count > 1]:
+                raise ReftuneError(f"two stores have a user {twice[0]!r}; rename one.")
 
     def names(self) -> list[str]:
         """Names of every adapter, sorted."""
-        return sorted(self._look())
+        signature = [store.signature for store in self.stores]
+        if self._users[0] != signature:
+            self._users = signature, [name for store in self.stores for name in store.names()]
+        found = self._look()
+        return sorted([*found, *(name for name in self._users[1] if name not in self._removed and name not in found)])
 
     def folder(self, name: str) -> Path | None:
-        """Where an adapter lies; None where there is none of that name (any more)."""
+        """Where an adapter lies, or stands for a user; None where there is none of that name (any more)."""
         found = self._look().get(name)
+        if found is None and (user := self._user(name)) is not None:
+            return user
         if found is None or not (found / CONFIG_FILE).is_file():
             found = self._look(again=True).get(name)
         return found
@@ -69,7 +92,7 @@ class Catalogue:
         if not allowed:
             raise ReftuneError(f"path={str(folder)!r}: no adapter of that path lies in the folders that are served.")
         with self._lock:
-            if name in self._found and name not in self._removed:
+            if (name in self._found and name not in self._removed) or self._user(name) is not None:
                 raise ReftuneError(f"name={name!r}: an adapter of that name is served already.")
             self._removed.discard(name)
             self._added[name] = allowed[0]
@@ -82,7 +105,7 @@ class Catalogue:
         Raises:
             ReftuneError: there is none of that name.
         """
-        if name not in self._look():
+        if name not in self._look() and self._user(name) is None:
             raise ReftuneError(f"name={name!r}: no such adapter is served.")
         with self._lock:
             self._added.pop(name, None)
@@ -92,6 +115,12 @@ class Catalogue:
     def look_again(self) -> None:
         """Look at the folders now, whenever they were last looked at."""
         self._look(again=True)
+
+    def _user(self, name: str) -> Path | None:
+        """The place of a user of one of the stores."""
+        if name in self._removed:
+            return None
+        return next((store.path / name for store in self.stores if name in store), None)
 
     def _allowed(self, path: Path) -> bool:
         """Whether a path, with every link followed, lies in an allowed folder."""
@@ -132,13 +161,3 @@ class Catalogue:
         if entry.is_symlink() and not self._allowed(Path(entry.path)):
             return False
         return os.path.isfile(os.path.join(entry.path, CONFIG_FILE))
-
-
-def is_name(name: str) -> bool:
-    """Whether a text can be an adapter's name: it is no path, is printable, and is not too long."""
-    return (
-        0 < len(name) <= 128
-        and name.isprintable()
-        and name[0] not in ". "
-        and not any(mark in name for mark in "/\\:*")
-    )

@@ -43,6 +43,7 @@ from reftune.edits import Edit, FoldedEdit, RotatedEdit, edit_class, make_edit
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.engine.positions import Part
 from reftune.errors import ReftuneError
+from reftune.users.store import user_of
 
 _OPTIONS = ("act_fn", "add_bias")
 _Skeleton = tuple[nn.Module, dict[str, torch.Size]]
@@ -120,13 +121,17 @@ class FoldedAdapter:
 
 
 def read_folded(folder: str | Path) -> FoldedAdapter:
-    """Read an adapter folder.
+    """Read an adapter folder, or a user of a store where that is written as ``STORE/NAME``.
 
     Raises:
         ReftuneError: no adapter there, a damaged file, values that are not finite, tensors or fields that do not fit
             one another, or an adapter that changes more than hidden states (``trained_beside_edits``).
     """
     folder = Path(folder).expanduser()
+    if (user := user_of(folder)) is not None:
+        store, name = user
+        tensors, content = store.read_with_digest(name)
+        return fold_adapter(folder, store.config, tensors, content)
     config = read_adapter_config(folder)
     try:
         raw = (folder / WEIGHTS_FILE).read_bytes()

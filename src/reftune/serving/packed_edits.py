@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -68,19 +69,7 @@ class PackedEdits:
             found = find_sites(self.model, adapter.component, adapter.layers)
             self._sites[asked] = {site.block_path: site for site in found}
         sites = self._sites[asked]
-        for edit in adapter.edits:
-            site = sites.get(edit.block)
-            if site is None or site.width != edit.width:
-                has = "no such place" if site is None else f"{site.width} channels there"
-                raise ReftuneError(
-                    f"{adapter.folder}: an edit of {edit.width} channels at {edit.block or 'the model'}, where this "
-                    f"model has {has}: it was trained on another base model ({adapter.base!r})."
-                )
-        if missing := sites.keys() - {edit.block for edit in adapter.edits}:
-            raise ReftuneError(
-                f"{adapter.folder}: no edit for {sorted(missing)[0]}: it was trained on another base model "
-                f"({adapter.base!r})."
-            )
+        check_fits(adapter, sites)
         for block, site in sites.items():
             if (adapter.component, block) not in self._hooked:
                 self._hooked.add((adapter.component, block))
@@ -98,3 +87,28 @@ class PackedEdits:
         for runs in self._here.orders:
             hidden = self.bank.edit(site, hidden, runs, columns)
         return hidden
+
+
+def check_fits(adapter: FoldedAdapter, sites: Mapping[str, Site]) -> None:
+    """Make sure that an adapter has one edit for each site, of its width.
+
+    Args:
+        adapter: the adapter.
+        sites: those of its component and layers on the model, by block path.
+
+    Raises:
+        ReftuneError: an adapter that was trained on another base model.
+    """
+    for edit in adapter.edits:
+        site = sites.get(edit.block)
+        if site is None or site.width != edit.width:
+            has = "no such place" if site is None else f"{site.width} channels there"
+            raise ReftuneError(
+                f"{adapter.folder}: an edit of {edit.width} channels at {edit.block or 'the model'}, where this "
+                f"model has {has}: it was trained on another base model ({adapter.base!r})."
+            )
+    if missing := sites.keys() - {edit.block for edit in adapter.edits}:
+        raise ReftuneError(
+            f"{adapter.folder}: no edit for {sorted(missing)[0]}: it was trained on another base model "
+            f"({adapter.base!r})."
+        )

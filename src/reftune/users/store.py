@@ -30,6 +30,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def check_user_name(name: Any) -> str:
             "alike would be two users. Normalise the names."
         )
     return name
+
+
+def user_of(folder: Path) -> tuple[UserStore, str] | None:
+    """The store and the name of the user that ``STORE/NAME`` stands for; None where that is no place in a store.
+
+    Raises:
+        ReftuneError: a store that cannot be opened.
+    """
+    return (_opened(folder.parent), folder.name) if is_store(folder.parent) else None
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store of users, as far as its file names say."""
+    return (folder / INDEX_FILE).is_file()
 
 
 class UserStore:
@@ -195,6 +210,19 @@ class UserStore:
             return bool(self._known["shared"])
 
     @property
+    def user_bytes(self) -> int:
+        """Bytes of one user's own tensors, as the newest users have them; 0 where there is none."""
+        with self._reading() as db:
+            newest = db.execute("SELECT max(shard) FROM shards WHERE live > 0").fetchone()[0]
+            return row_bytes(self._shard(newest).layout) if newest is not None else 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the part that all users share."""
+        with self._reading():
+            return sum(tensor.nbytes for tensor in self._shared(self._known["shared"]).values())
+
+    @property
     def signature(self) -> tuple[int, ...]:
         """Changes whenever the store does; reads nothing."""
         try:
@@ -270,7 +298,7 @@ class UserStore:
                 problems.append(f"{self.path / INDEX_FILE} is damaged ({found}): restore it from a copy.")
             if db.execute("SELECT count(*) FROM users GROUP BY shard, row HAVING count(*) > 1").fetchone():
                 problems.append(f"{self.path / INDEX_FILE} gives several users one row: restore it from a copy.")
-            number, shard, begin, block = None, None, 0, np.zeros((0, 0), np.uint8)
+            number, shard, begin, block, finite = None, None, 0, np.zeros((0, 0), np.uint8), np.zeros(0, bool)
             for name, *where in db.execute("SELECT name, shard, row, digest FROM users ORDER BY shard, row"):
                 try:
                     check_user_name(name)
@@ -284,7 +312,8 @@ class UserStore:
                     if not begin <= where[1] < begin + len(block):
                         begin = where[1]
                         block = shard.read(begin, min(used[number], begin + _rows_at_once(shard.layout)))
-                    _check_row(name, shard, block[where[1] - begin], where[2])
+                        finite = finite_rows(shard.layout, block)
+                    _check_row(name, shard, block[where[1] - begin], where[2], bool(finite[where[1] - begin]))
                 except ReftuneError as error:
                     problems.append(str(error))
         return problems
@@ -476,7 +505,7 @@ class UserStore:
             if isinstance(error, ReftuneError):
                 raise
             raise ReftuneError(f"{where} is damaged ({error}): restore it from a copy.") from None
-        if facts["id"] != self._known.get("id"):
+        if any(facts[key] != self._known.get(key) for key in ("id", "layout")):
             self._shards = {}
         self._shapes, self._known = shapes, facts
 
@@ -517,9 +546,7 @@ class UserStore:
         try:
             shard = self._shard(number)
             block = shard.read(row, row + 1)
-            _check_row(name, shard, block[0], digest)
-            if not finite_rows(shard.layout, block).all():
-                raise not_finite(shard.path, f"user {name!r}")
+            _check_row(name, shard, block[0], digest, bool(finite_rows(shard.layout, block)[0]))
             return from_row(shard.layout, block[0])
         except ReftuneError:
             self._shards.pop(self._shard_file(number), None)
@@ -661,6 +688,28 @@ class UserStore:
             db.execute("ROLLBACK")
 
 
+def import_folder(path: str | Path, folder: str | Path, name: str) -> UserStore:
+    """Add the adapter of a folder to a store, which is **made** for such adapters where there is none.
+
+    Raises:
+        ReftuneError: as ``UserStore.create`` and ``UserStore.import_folder``.
+    """
+    check_user_name(name)
+    path, folder = Path(path).expanduser(), Path(folder).expanduser()
+    config = read_adapter_config(folder)
+    read_weights(folder, config)
+    if not is_store(path) and not config.get(_BASE):
+        raise ReftuneError(f"{folder / CONFIG_FILE} does not say which base model it belongs to: add {_BASE}.")
+    store = UserStore(path) if is_store(path) else UserStore.create(path, config, config[_BASE])
+    store.import_folder(folder, name)
+    return store
+
+
+@lru_cache(maxsize=16)
+def _opened(path: Path) -> UserStore:
+    return UserStore.open(path)
+
+
 def _rows_at_once(layout: Layout) -> int:
     return max(1, _BLOCK_BYTES // row_bytes(layout))
 
@@ -679,9 +728,11 @@ def _check_names(path: Path, layout: Layout) -> None:
         raise ReftuneError(f"{path}: {foreign[0]!r} is no tensor of an edit; a store keeps edits alone.")
 
 
-def _check_row(name: str, shard: Shard, row: np.ndarray, digest: Any) -> None:
+def _check_row(name: str, shard: Shard, row: np.ndarray, digest: Any, finite: bool) -> None:
     if shard.digest(name, row) != digest:
         raise ReftuneError(f"user {name!r} in {shard.path} is not as it was written: restore it from a copy.")
+    if not finite:
+        raise not_finite(shard.path, f"user {name!r}")
 
 
 def _sync_folder(path: Path) -> None:

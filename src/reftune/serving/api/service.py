@@ -23,6 +23,7 @@ from reftune.serving.api.writing import Choice, Piece
 from reftune.serving.catalogue import Catalogue
 from reftune.serving.expression import parse_expression
 from reftune.serving.requests import Sampling, TokenEngine
+from reftune.users.store import user_of
 
 logger = logging.getLogger("reftune.serve")
 _ENCODINGS = 128
@@ -133,7 +134,8 @@ class Service:
         """
         if not target.folders:
             return Encoding(self.engine.tokenizer, max_length=self.engine.context, on_long_prompt="error")
-        folder = target.folders[0]
+        user = user_of(target.folders[0])
+        folder = user[0].path if user else target.folders[0]  # all users of a store are spoken to alike
         names = ("run.yaml", *TOKENIZER_FILES, ".")
         stamp = max((folder / name).stat().st_mtime_ns for name in names if (folder / name).exists())
         known = self._encodings.get(folder)

@@ -22,6 +22,7 @@ from reftune.serving.api.errors import RequestError
 from reftune.serving.api.service import Service
 from reftune.serving.page.looking import picture_of
 from reftune.serving.page.training import Run, Trainings
+from reftune.users.store import user_of
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
@@ -144,7 +145,10 @@ async def _explain(model: str, folder: Path, device: str | None) -> Any:
 
 
 def _folder(service: Service, request: Request, name: str) -> Path:
-    return service.target(name, permission_of(request)).folders[0] if name != service.base_name else _no_edit(name)
+    folder = service.target(name, permission_of(request)).folders[0] if name != service.base_name else _no_edit(name)
+    if user_of(folder) is not None:
+        raise RequestError(404, f"{name!r} is a user of a store: what its edit does is shown once it is exported.")
+    return folder
 
 
 def _no_edit(name: str) -> Path:

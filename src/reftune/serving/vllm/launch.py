@@ -44,6 +44,10 @@ def supported(model: str, adapters: Sequence[str | Path] = ()) -> str | None:
 def unservable_adapter(adapters: Sequence[str | Path]) -> str | None:
     """The first adapter of these folders that vLLM cannot serve, and why; None where it can serve all."""
     catalogue = Catalogue(adapters)
+    if catalogue.stores:
+        return (
+            f"{catalogue.stores[0].path} is a store of users, and vLLM reads folders (`reftune store export` makes one)"
+        )
     for name in catalogue.names():
         config = _config(catalogue, name)
         if config.get("peft_type") != "REFT":
