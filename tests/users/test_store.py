@@ -201,7 +201,7 @@ def test_a_folder_of_another_configuration_is_refused_with_what_differs(llama, t
 
 
 def test_a_config_of_this_library_makes_a_store(tmp_path) -> None:
-    config = reftune.ReftConfig(r=2, layers_to_transform={0, 2}).to_dict()
+    config = reftune.ReftConfig(r=2, layers_to_transform=[0, 2]).to_dict()
     store = UserStore.create(tmp_path / "store", config, "tiny")
     store.write({"anna": edit(1)})
     assert store.config["method"] == "loreft" and store.config["base_model_name_or_path"] == "tiny"

@@ -61,11 +61,11 @@ def from_row(layout: Layout, row: np.ndarray) -> dict[str, Tensor]:
 
 def finite_rows(layout: Layout, block: np.ndarray) -> np.ndarray:
     """Which of some rows, (rows, bytes), hold finite numbers alone."""
-    finite, start = np.ones(len(block), bool), 0
-    for (dtype, _), size in zip(layout.values(), _sizes(layout), strict=True):
-        part = torch.from_numpy(block[:, start : start + size].copy()).view(DTYPES[dtype])
-        finite &= part.isfinite().all(1).numpy()
-        start += size
+    finite, ends = np.ones(len(block), bool), np.cumsum(_sizes(layout))[:-1]
+    parts = list(zip((dtype for dtype, _ in layout.values()), np.split(block, ends, 1), strict=True))
+    for kind in {dtype for dtype, _ in parts}:  # one operation for all tensors of a type, usually for all
+        held = np.concatenate([part for dtype, part in parts if dtype == kind], 1)
+        finite &= torch.from_numpy(held).view(DTYPES[kind]).isfinite().all(1).numpy()
     return finite
 
 
