@@ -242,7 +242,7 @@ class UserStore:
 
     def __contains__(self, name: object) -> bool:
         with self._reading() as db:
-            return isinstance(name, str) and self._row_of(db, name) is not None
+            return isinstance(name, str) and is_name(name) and self._row_of(db, name) is not None
 
     def digest(self, name: str) -> str:
         """32 hexadecimal digits: equal where a user's name, edit, configuration and shared part are.
