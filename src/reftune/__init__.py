@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reftune import models
     from reftune.adapter.config import ReftConfig
+    from reftune.adapter.expression import mixture
     from reftune.adapter.tuner import ReftModel
     from reftune.edits import Edit, available_edits, register_edit
     from reftune.engine.attach import Attachment, attach
@@ -37,6 +38,7 @@ __all__ = [
     # the PEFT method
     "ReftConfig",
     "ReftModel",
+    "mixture",
     # base models
     "models",
     # training
@@ -53,6 +55,7 @@ _MODULES = {
     "engine.attach": ("Attachment", "attach"),
     "adapter.config": ("ReftConfig",),
     "adapter.tuner": ("ReftModel",),
+    "adapter.expression": ("mixture",),
     "training.trainer": ("ReftTrainer",),
     "training.arguments": ("ReftTrainingArguments",),
     "errors": ("ReftuneError",),

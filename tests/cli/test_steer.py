@@ -202,6 +202,27 @@ def test_chat_changes_the_scale(cli, direction: Path) -> None:
     assert "multiplied by 0.5" in result.output and "Write a number" in result.output
 
 
+def test_several_folders_with_strengths_answer_together_and_join_a_chat(
+    cli, direction: Path, trained: Path, tmp_path: Path
+) -> None:
+    def answer(adapters: Any, *flags: Any) -> str:
+        asked = ("--prompt", "say 3", "--max-new-tokens", 6, "--device", "cpu")
+        result = cli("generate", adapters, *asked, "--out", tmp_path / "answers.jsonl", *flags)
+        assert result.exit_code == 0, result.output
+        return json.loads((tmp_path / "answers.jsonl").read_text())["answer"]
+
+    assert answer(f"0*{direction} + 0*{trained}") == answer(direction, "--scale", 0)
+    assert answer(f"3*{direction} - 0*{trained}") == answer(direction, "--scale", 3)
+    said = f"/adapters 0.5*out - 2*{trained}\n/scale 0.5\n/adapters 1*nobody + out\n/adapters\n/quit\n"
+    result = cli("chat", direction, "--device", "cpu", "--max-new-tokens", 2, stdin=said)
+    assert f"Editing: 0.5 of out, -2 of {trained.name}." in result.output and "multiplied by 0.5" in result.output
+    assert "nobody" in result.output and "character 1: '' is no term" in result.output
+    refused(cli("generate", f"{direction} + {tmp_path / 'none'}", "--prompt", "a", "--device", "cpu"), "none")
+    refused(cli("generate", f"inf*{direction}", "--prompt", "a"), "character 1", "no finite number")
+    refused(cli("chat", f"{direction} + {direction}", "--device", "cpu"), "second time")
+    refused(cli("generate", tmp_path / "none", "--prompt", "a"), "none")
+
+
 def test_a_control_vector_goes_out_and_comes_in_again(steer, cli, pairs: Path, tiny: Path, tmp_path: Path) -> None:
     vector = tmp_path / "vector.gguf"
     assert steer(pairs, "--layers", "1", "--scale", "1.5", "--positions", "all", "--gguf", vector).exit_code == 0

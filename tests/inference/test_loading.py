@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from reftune.inference.loading import load_edited
+import reftune
+from reftune.errors import ReftuneError
+from reftune.inference.loading import load_edited, load_mixture, mix, set_scale
 from tests.inference.edited import tiny_edited
 
 
@@ -47,3 +50,37 @@ torch.save(logits, {str(tmp_path / "logits.pt")!r})
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True)
     there = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.equal(here, there)
+
+
+def test_an_expression_over_folders_mixes_them_and_more_may_join(tmp_path: Path) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+
+    def logits(edited) -> torch.Tensor:
+        with torch.no_grad():
+            return edited.model(input_ids=ids, prompt_lengths=torch.tensor([3])).logits
+
+    for number, name in enumerate(("one", "two"), start=1):
+        edited = tiny_edited(tmp_path / "base", r=number)
+        edited.model.save_pretrained(str(tmp_path / name))
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    mixed = load_mixture(f"0.5*{one} - {two}", device="cpu", scale=2.0)
+    model = load_edited(one, device="cpu").model
+    model.load_adapter(two, adapter_name="two")
+    with torch.no_grad(), reftune.mixture(model.eval(), "default - 2*two"):
+        wanted = model(input_ids=ids, prompt_lengths=torch.tensor([3])).logits
+    assert torch.equal(logits(mixed), wanted)
+    set_scale(mixed.model, 1.0, mixed.strengths)
+    assert not torch.equal(logits(mixed), wanted)
+    alone = load_mixture(one, device="cpu")
+    assert torch.equal(
+        logits(load_mixture(f"0.5*{one}", device="cpu")), logits(load_edited(one, device="cpu", scale=0.5))
+    )
+    assert mix(alone, f"one - 2*{two}") == [(Path(one).resolve(), 1.0), (Path(two).resolve(), -2.0)]
+    assert torch.equal(logits(alone), wanted) and alone.strengths == {"default": 1.0, "adapter1": -2.0}
+    for expression, words in (
+        (f"{one} + {tmp_path / 'none'}", "none"), (f"{one} + one", "two terms are one folder"), ("one + ", "no term"),
+        (f"nan*{one}", "no finite number"), ("", "no term"),
+    ):  # fmt: skip
+        with pytest.raises(ReftuneError, match=words):
+            mix(alone, expression)
+        assert torch.equal(logits(alone), wanted)

@@ -7,21 +7,21 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from reftune.cli.common_options import BASE_MODEL, SAMPLED, ChatTemplateKwargs, Folder, SystemPrompt
+from reftune.cli.common_options import BASE_MODEL, SAMPLED, Adapters, ChatTemplateKwargs, SystemPrompt
 from reftune.cli.flags import with_flags
 from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.output import terminal
 from reftune.runs.recipe_values import given, read_flags
 
 _HELP = (
-    "/base switches the edit off and on, /scale 0.5 makes it weaker or stronger, /reset forgets the conversation, "
-    "/quit or Ctrl-D ends it."
+    "/base switches the edit off and on, /scale 0.5 weakens it, /adapters 0.5*one - two takes several, "
+    "/reset forgets the conversation, /quit or Ctrl-D ends it."
 )
 _DEFAULTS = {"max_new_tokens": 512, "repetition_penalty": 1.1}
 
 
 def chat(
-    folder: Folder,
+    folder: Adapters,
     system_prompt: SystemPrompt = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     **flags: Any,
@@ -32,11 +32,11 @@ def chat(
 
     from reftune.errors import ReftuneError
     from reftune.inference.chat import Conversation
-    from reftune.inference.loading import load_edited
+    from reftune.inference.loading import load_mixture
 
     console = terminal.console(highlight=False)
     spoken_to = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
-    edited = load_edited(folder, **spoken_to, **asdict(read_flags(BaseModel, flags)))
+    edited = load_mixture(folder, **spoken_to, **asdict(read_flags(BaseModel, flags)))
     torch.manual_seed(settings.seed)
     talk = Conversation(edited, settings)
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 come as marks, which are told below
@@ -65,7 +65,9 @@ def chat(
             talk.uses_edit = not talk.uses_edit
             console.print("The edit is on." if talk.uses_edit else "The edit is off: the base model answers.")
         elif said.split()[:1] == ["/scale"]:
-            console.print(_scaled(edited.model, said.removeprefix("/scale").strip()), markup=False)
+            console.print(_scaled(edited, said.removeprefix("/scale").strip()), markup=False)
+        elif said.split()[:1] == ["/adapters"]:
+            console.print(_mixed(edited, said.removeprefix("/adapters").strip()), markup=False)
         elif said.startswith("/"):
             console.print(_HELP, markup=False)
         elif said:
@@ -83,16 +85,27 @@ def chat(
                 console.print(f"(The first {talk.forgotten} turns no longer fit the model's context.)", style="dim")
 
 
-def _scaled(model: Any, written: str) -> str:
+def _scaled(edited: Any, written: str) -> str:
     """Set the edit's scale; what to say of it."""
     from reftune.errors import ReftuneError
     from reftune.inference.loading import set_scale
 
     try:
-        set_scale(model, float(written))
+        set_scale(edited.model, float(written), edited.strengths)
     except (ValueError, ReftuneError):
         return "Write a number: /scale 0.5 is half of the edit, 1 all of it, -1 the other way."
     return f"The edit is multiplied by {float(written):g}."
+
+
+def _mixed(edited: Any, written: str) -> str:
+    """Let the adapters of an expression edit; what to say of them."""
+    from reftune.errors import ReftuneError
+    from reftune.inference.loading import mix
+
+    try:
+        return "Editing: " + ", ".join(f"{weight:g} of {folder.name}" for folder, weight in mix(edited, written)) + "."
+    except ReftuneError as error:
+        return f"Error: {error}"
 
 
 def _is_text(said: str) -> bool:

@@ -11,6 +11,13 @@ from reftune.inference.settings import WRITING, BaseModel, GenerationSettings
 from reftune.runs.recipe_values import typed_fields
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Adapter folder: the --output of `reftune train`.")]
+Adapters = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Adapter folder, or several with strengths, as in '0.5*pirate + 0.3*formal - terse'.",
+    ),
+]
 SystemPrompt = Annotated[
     str | None, typer.Option(help="System message; default: that of training.", rich_help_panel=WRITING)
 ]

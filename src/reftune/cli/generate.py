@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reftune.cli.common_options import BASE_MODEL, SAMPLED, ChatTemplateKwargs, Folder, SystemPrompt
+from reftune.cli.common_options import BASE_MODEL, SAMPLED, Adapters, ChatTemplateKwargs, SystemPrompt
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.inference.settings import WRITING, BaseModel, GenerationSettings
@@ -19,7 +19,7 @@ _PROMPTS = "Prompts"
 
 
 def generate(
-    folder: Folder,
+    folder: Adapters,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be given several times.", rich_help_panel=_PROMPTS)
     ] = None,
@@ -49,11 +49,11 @@ def generate(
     chat_template_kwargs: ChatTemplateKwargs = None,
     **flags: Any,
 ) -> None:
-    """Answer prompts with an adapter."""
+    """Answer prompts with an adapter, or with several at once."""
     settings = read_flags(GenerationSettings, flags)
     from reftune.cli.results import side_by_side, write_out
     from reftune.inference.generation import generate_answers
-    from reftune.inference.loading import load_edited, recorded_run
+    from reftune.inference.loading import adapter_folders, load_mixture, recorded_run
     from reftune.inference.prompts import read_prompts, text_prompt, to_jsonl
     from reftune.output.targets import check_file_target, result_with
 
@@ -61,12 +61,13 @@ def generate(
         check_file_target(out, "--out", [prompts_file], ours=result_with("answer"))
     rows = [text_prompt(text, "--prompt") for text in prompt or []]
     if prompts_file is not None:
-        rows += read_prompts(prompts_file, column, limit_rows, read_columns(recorded_run(folder).get("columns")))
+        first = adapter_folders(folder)[0][0]
+        rows += read_prompts(prompts_file, column, limit_rows, read_columns(recorded_run(first).get("columns")))
     if not rows:
         raise ReftuneError("There is nothing to answer: give --prompt TEXT or --prompts-file FILE.")
 
     spoken_to = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs}
-    edited = load_edited(folder, **spoken_to, **asdict(read_flags(BaseModel, flags)))
+    edited = load_mixture(folder, **spoken_to, **asdict(read_flags(BaseModel, flags)))
     prompts = [row.prompt for row in rows]
     answers = generate_answers(edited, prompts, settings)
     console = terminal.console()

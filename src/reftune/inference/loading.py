@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from reftune import models
 from reftune.adapter.checkpoint import CONFIG_FILE, read_adapter_config, read_weights
 from reftune.adapter.config import load_adapter
-from reftune.adapter.tuner import ReftModel
+from reftune.adapter.expression import check_shared, edit_together, parse_expression
+from reftune.adapter.tuner import REFT, ReftModel
 from reftune.data.templates import resolve_template
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _NO_LIMIT = 10_000_000
 """Tokenizers without a limit state an enormous one."""
+_EXPRESSION = re.compile(r"\*|\s[+-](\s|$)|^\s*[+-]")
+"""What a folder's name seldom has, and an expression always."""
 _TEXTS = ("model", "dtype", "template", "system_prompt")
 _CHOICES = ("quantization", "glue", "metric", "max_length")
 _READERS: dict[str, Callable[[Any], Any]] = {
@@ -52,12 +56,16 @@ class EditedModel:
         tokenizer: the one saved beside the adapter, else the base model's.
         encoding: how prompts become tokens, as in training; its limit is the model's context.
         folder: where the adapter came from; None for one that was just trained.
+        loaded: of several adapters, the name of each on the model.
+        strengths: of those that edit together, by that name, as the expression says.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     encoding: Encoding
     folder: Path | None = None
+    loaded: dict[Path, str] = field(default_factory=dict)
+    strengths: dict[str, float] = field(default_factory=dict)
 
 
 def load_edited(
@@ -100,8 +108,86 @@ def load_edited(
     return EditedModel(edited, encoding.tokenizer, within_context(encoding, base), folder)
 
 
-def set_scale(model: PeftModel, scale: float) -> None:
-    """Multiply what the adapter adds to hidden states; **changes the model**.
+def load_mixture(written: str | Path, *, scale: float = 1.0, **options: Any) -> EditedModel:
+    """Load the adapters of an expression over their folders, as ``0.5*pirate + 0.3*formal``, or one folder.
+
+    Base model, tokenizer and prompt format are the first one's, as the server has it.
+
+    Args:
+        written: a folder, or an expression.
+        scale: multiplies every strength.
+        **options: as for ``load_edited``.
+
+    Raises:
+        ReftuneError: no expression, or a folder that cannot be used or does not fit the first one's base model.
+    """
+    terms = adapter_folders(written)
+    edited = load_edited(terms[0][0], scale=scale, **options)
+    if terms[1:] or terms[0][1] != 1.0:
+        mix(edited, str(written), scale)
+    return edited
+
+
+def adapter_folders(written: str | Path) -> list[tuple[Path, float]]:
+    """The folders of an expression over folders, with their strengths; a folder that is there is itself one.
+
+    Raises:
+        ReftuneError: it is neither.
+    """
+    text, folder = str(written), Path(written).expanduser()
+    if text.strip() and (folder.is_dir() or not _EXPRESSION.search(text)):
+        return [(folder, 1.0)]
+    return [(Path(name).expanduser(), weight) for name, weight in parse_expression(text)]
+
+
+def mix(edited: EditedModel, written: str, scale: float = 1.0) -> list[tuple[Path, float]]:
+    """Let adapters edit together, as an expression says; **changes the model**, loading those that it does not have.
+
+    Args:
+        edited: the model.
+        written: an expression over folders; one that is loaded may be named by its last part.
+        scale: multiplies every strength.
+
+    Returns:
+        The folders and their strengths.
+
+    Raises:
+        ReftuneError: no expression, or a folder that cannot be used or does not fit the base model; nothing has changed
+            but what is loaded.
+    """
+    tuner: Any = edited.model.base_model
+    if not isinstance(tuner, ReftModel):
+        raise ReftuneError(f"adapter expression {written!r}: {edited.folder} is no ReFT adapter, and cannot be mixed.")
+    loaded = edited.loaded
+    if not loaded and edited.folder is not None:
+        loaded[edited.folder.resolve()] = "default"
+    by_name = {folder.name: folder for folder in loaded}
+    terms = [
+        (by_name[str(folder)] if str(folder) in by_name and not folder.is_dir() else folder.resolve(), weight)
+        for folder, weight in adapter_folders(written)
+    ]
+    for folder, _ in terms:
+        if folder not in loaded:
+            config = read_adapter_config(folder)
+            read_weights(folder, config)
+            if config.get("peft_type") != REFT:
+                raise ReftuneError(f"adapter expression {written!r}: {folder} is no ReFT adapter, and cannot be mixed.")
+            name = f"adapter{len(loaded)}"
+            edited.model.load_adapter(str(folder), adapter_name=name)
+            edited.model.eval()
+            loaded[folder] = name
+    names = [loaded[folder] for folder, _ in terms]
+    if len(set(names)) < len(names):
+        raise ReftuneError(f"adapter expression {written!r}: two terms are one folder; write it once.")
+    check_shared(tuner.peft_config, names)
+    edited.strengths.clear()
+    edited.strengths.update({loaded[folder]: weight for folder, weight in terms})
+    edit_together(tuner.engine, [(name, weight * scale) for name, weight in edited.strengths.items()])
+    return terms
+
+
+def set_scale(model: PeftModel, scale: float, strengths: Mapping[str, float] | None = None) -> None:
+    """Multiply what the adapter adds to hidden states, or several with strengths; **changes the model**.
 
     Raises:
         ReftuneError: a scale that is no number, or an adapter that is no ReFT adapter.
@@ -109,7 +195,8 @@ def set_scale(model: PeftModel, scale: float) -> None:
     if not abs(scale) <= 1e6:
         raise ReftuneError(f"scale={scale}: must be a number, at most a million either way.")
     if isinstance(model.base_model, ReftModel):
-        model.base_model.set_scale("default", scale)
+        for name, strength in (strengths or {"default": 1.0}).items():
+            model.base_model.set_scale(name, scale * strength)
     elif scale != 1.0:
         raise ReftuneError(f"scale={scale}: this adapter is no ReFT adapter; leave --scale out.")
 

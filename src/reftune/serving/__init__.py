@@ -5,7 +5,7 @@
 - `engine.py`: `EmbeddedEngine` writes many answers at once, with transformers' continuous batching; `packed_edits.py`
   applies a bank to its batches, `packed_attention.py` attends request by request on a CPU, `sampling.py` chooses each
   answer's tokens.
-- `requests.py`: what an engine is asked and gives back; `expression.py`: several adapters with strengths.
+- `requests.py`: what an engine is asked and gives back.
 - `user_rows.py`: `attach_store`, a store's users in `generate` and ordinary forwards.
 - `catalogue.py`: which adapters may be served, found without loading; `choosing.py`: which engine serves.
 - `server.py` and `settings.py`: `reftune serve`; the room `api` is its HTTP interface, the room `page` its page.

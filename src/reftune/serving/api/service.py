@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from reftune.adapter.expression import parse_expression
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.inference.loading import recorded_encoding
@@ -21,7 +22,6 @@ from reftune.serving.api.keys import Keys, Permission
 from reftune.serving.api.metrics import Metrics
 from reftune.serving.api.writing import Choice, Piece
 from reftune.serving.catalogue import Catalogue
-from reftune.serving.expression import parse_expression
 from reftune.serving.requests import Sampling, TokenEngine
 from reftune.users.store import user_of
 

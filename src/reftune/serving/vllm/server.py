@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from reftune.adapter.expression import parse_expression
 from reftune.errors import ReftuneError
 from reftune.serving.catalogue import Catalogue
-from reftune.serving.expression import parse_expression
 from reftune.serving.folded import read_folded
 from reftune.serving.vllm.requested import is_reft, scaled_path, served_folders, split_scale
 
