@@ -40,7 +40,7 @@ def picture_of(folder: Path) -> bytes:
     axes.margins(y=0.25)  # room for the legend
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    figure.savefig(image, format="png", transparent=True)  # the page's own background, light or dark
     return image.getvalue()
 
 
