@@ -41,7 +41,9 @@ class Server:
         self.name, self.model, self.url = name, model, f"http://127.0.0.1:{port}"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._said = tempfile.TemporaryFile()
-        self._process = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=self._said, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            [*command, "--port", str(port)], env=environment, stdout=self._said, stderr=subprocess.STDOUT
+        )
         self._seen = psutil.Process(self._process.pid)
 
     def cpu_seconds(self) -> float:

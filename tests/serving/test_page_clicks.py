@@ -124,7 +124,7 @@ def test_strength_and_expression_change_the_answer(visit: Any, server: Served) -
         page.click("#reset")
         found[strength] = ask(page, "hi")
         assert found[strength][1] == served_answer(server, model="last", scale=float(strength))
-    assert page.text_content("#edited-title") == "last, strength -2"
+    assert page.text_content("#edited-title") == "last, strength -2.0"
     assert found["0"][0] == found["0"][1] and len({edited for _, edited in found.values()}) == 3
     page.fill("#strength", "1")
     page.fill("#adapter", "0.5*last + -2*ends")
