@@ -84,6 +84,10 @@ def together(args: ReftTrainingArguments, config: dict[str, Any], users: Any = U
     return Cohort(model(**config), users, args, 0, prefixes, **options)
 
 
+def of_user(cohort: Cohort, index: int) -> dict[str, torch.Tensor]:
+    return {name: tensor[index] for name, tensor in cohort.stack.stacked_tensors().items()}
+
+
 def same(run: Any, tensors: dict[str, torch.Tensor]) -> None:
     expected = get_peft_model_state_dict(run.model)
     assert expected.keys() == tensors.keys()
@@ -102,13 +106,12 @@ def test_each_step_of_each_user_is_as_alone(tmp_path: Path, method: str, positio
     while cohort.active:
         steps.append(cohort.step().tolist())
     assert cohort.prefixes.status.startswith(reuse)
-    found = cohort.stack.tensors()
     assert [course.total for course in cohort.courses] == [6, 2, 4]
     for index, user in enumerate(USERS):
         run = alone(user, args, config)
         assert [step[index] for step in steps][: run.state.global_step] == pytest.approx(run.losses, abs=1e-9)
         assert min(entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry) > 0.2  # clipped
-        same(run, found[index])
+        same(run, of_user(cohort, index))
 
 
 def test_the_best_epoch_is_kept_and_a_user_who_gets_no_better_stops(tmp_path: Path) -> None:
@@ -124,19 +127,19 @@ def test_the_best_epoch_is_kept_and_a_user_who_gets_no_better_stops(tmp_path: Pa
         assert (course.done, course.best_step) == (run.state.global_step, run.state.best_global_step)
         assert course.best_loss == pytest.approx(run.state.best_metric, abs=1e-9)
         assert course.loss_sum / course.done == pytest.approx(sum(run.losses) / len(run.losses), abs=1e-9)
-        same(run, cohort.stack.tensors()[index])
+        same(run, of_user(cohort, index))
 
 
 def test_a_step_of_others_leaves_a_user_alone(tmp_path: Path) -> None:
     cohort = together(arguments(tmp_path), {"positions": "l1"})
     for _ in range(2):
         cohort.step()
-    before = cohort.stack.tensors()
+    before = cohort.stack.stacked_tensors()
     assert cohort.active == [0, 2]
     cohort.step()
-    after = cohort.stack.tensors()
-    assert all(torch.equal(after[1][name], before[1][name]) for name in before[1])
-    assert not all(torch.equal(after[0][name], before[0][name]) for name in before[0])
+    after = cohort.stack.stacked_tensors()
+    assert all(torch.equal(after[name][1], before[name][1]) for name in before)
+    assert not all(torch.equal(after[name][0], before[name][0]) for name in before)
 
 
 def test_a_cohort_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
@@ -151,8 +154,8 @@ def test_a_cohort_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
     resumed.load_state(torch.load(tmp_path / "state.pt"))
     whole.run()
     resumed.run()
-    for expected, found in zip(whole.stack.tensors(), resumed.stack.tensors(), strict=True):
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, found = whole.stack.stacked_tensors(), resumed.stack.stacked_tensors()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_model_gets_its_own_adapter_back(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reftune.evaluation.task_report import TaskReport
     from reftune.evaluation.task_runs import Metric
     from reftune.runs.steps import TrainedRun
+    from reftune.users.run import UsersRun
 
 
 def write_out(path: Path, text: str, console: Console, told: str = "Written to") -> None:
@@ -50,6 +51,21 @@ def print_training(run: TrainedRun, console: Console) -> None:
     table.add_row("tokens a second", f"{metrics['tokens_per_second']:,.0f}")
     console.print(table)
     console.print(f"Saved in {run.folder}. Try it: {_next_command(run)}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_users(run: UsersRun, console: Console) -> None:
+    """What training of many users came to, and the command that comes next."""
+    metrics = run.metrics
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("users", f"{metrics['users']:,}")
+    table.add_row("parameters of a user", f"{metrics['trainable_parameters']:,}")
+    table.add_row("training loss", f"{metrics['train_loss']:.4f} (mean of the users')")
+    if metrics["eval_loss"] is not None:
+        table.add_row("held-out loss", f"{metrics['eval_loss']:.4f} (mean of the users')")
+    table.add_row("seconds", f"{metrics['seconds']:.1f}")
+    console.print(table)
+    told = f"Saved in {run.folder}. Each user's losses: {run.folder}/{run.results.name}"
+    console.print(told, soft_wrap=True, highlight=False, markup=False)
 
 
 def _next_command(run: TrainedRun) -> str:

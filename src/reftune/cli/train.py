@@ -25,11 +25,15 @@ def train(
     Every flag is also a key of the recipe, with underscores (gradient_accumulation: 4).
     """
     resolved = resolve_recipe(recipe, flags)  # before the libraries are loaded: a wrong flag is told at once
-    from reftune.cli.results import print_training
+    from reftune.cli.results import print_training, print_users
     from reftune.runs import run_training
+    from reftune.users.run import run_users
 
     console = terminal.console()
-    print_training(run_training(resolved), console)
+    if resolved.adapter_column is None:
+        print_training(run_training(resolved), console)
+    else:
+        print_users(run_users(resolved), console)
 
 
 with_flags(train, typed_fields(TrainRecipe))

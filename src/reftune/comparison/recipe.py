@@ -27,7 +27,9 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "judge_by": (),
     "title": ("name",),
 }
-_ONE_RUN = ("resume", "overwrite", "show", "tensorboard", "wandb", "log_every")
+_ONE_RUN = (
+    "resume", "overwrite", "show", "tensorboard", "wandb", "log_every", "adapter_column", "cohort_tokens", "patience",
+)  # fmt: skip
 """Keys of TrainRecipe that say how one run is watched; a comparison has its own ways."""
 
 

@@ -30,8 +30,11 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
         ReftuneError: anything the user can mend; what the output folder held before is whole then.
         TrainingInterrupted: after Ctrl-C in training.
     """
+    from reftune.errors import ReftuneError
     from reftune.output import terminal
 
+    if recipe.adapter_column is not None:
+        raise ReftuneError(f"adapter_column={recipe.adapter_column!r}: many users are trained by `reftune.users.run`.")
     console = console or terminal.console(stderr=True)
     if recipe.task == "classification":
         from reftune.runs.classification import run_classification

@@ -20,10 +20,15 @@ from reftune.training.prefix.base_identity import tensor_values
 FINGERPRINT_FILE = "fingerprint.json"
 _HARMLESS = (
     "test_file", "device", "gradient_checkpointing", "prefix_reuse", "epochs", "log_every", "output", "resume",
-    "overwrite", "show", "tensorboard", "wandb",
+    "overwrite", "show", "tensorboard", "wandb", "cohort_tokens",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change the steps that are done (more epochs come after them)."""
-_DIGESTED = {"train_file": "training rows", "eval_file": "held-out rows", "model": "base model's weights"}
+_DIGESTED = {
+    "train_file": "training rows",
+    "eval_file": "held-out rows",
+    "model": "base model's weights",
+    "adapter_column": "users",
+}
 """Fields whose content counts rather than their name, and what the content is called."""
 
 
@@ -66,13 +71,14 @@ def check_resumed(recipe: TrainRecipe, folder: Path, found: Mapping[str, str]) -
     recorded: dict[str, Any] = {}
     if (folder / FINGERPRINT_FILE).is_file():
         recorded = read_json_object(folder / FINGERPRINT_FILE, "train again, without --resume")
+    harmless = set(_HARMLESS) - ({"epochs"} if recipe.adapter_column else set())  # users who are done stay as they are
     by_content = set(_DIGESTED) & set(recorded)
     differ = {name for name in by_content if recorded[name] != found[name]}
     changed = [f"other {what}" for name, what in _DIGESTED.items() if name in differ]
     changed += [
         f"{name}={before.get(name)!r} before, {now[name]!r} now"
         for name in now
-        if name not in _HARMLESS and name not in by_content and before.get(name) != now[name]
+        if name not in harmless and name not in by_content and before.get(name) != now[name]
     ]
     if changed:
         raise ReftuneError(

@@ -24,6 +24,7 @@ from reftune.output.targets import check_folder_target
 from reftune.runs.fingerprint import FINGERPRINT_FILE, write_fingerprint
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.training.checkpoints import damaged_checkpoints, foreign_files, last_complete_checkpoint
+from reftune.users.store import INDEX_FILE
 
 METRICS_FILE, CARD_FILE, CURVE_FILE = "metrics.json", "README.md", "loss.png"
 _UNFINISHED, _STAGED, _LOGS = ".unfinished-adapter", ".unfinished-run", "runs"
@@ -67,6 +68,8 @@ def check_output(recipe: TrainRecipe) -> OutputPlace:
             if any(fnmatch(part, pattern) for part in first for pattern in (*_OURS, *_REPLACED)):
                 raise ReftuneError(f"output={recipe.output!r} would replace {name}, which is read: name another.")
     refuse_if_locked(output)
+    if (output / INDEX_FILE).exists():
+        raise ReftuneError(f"output={recipe.output!r} is a store of users: give --adapter-column, or another folder.")
     if not recipe.resume:
         foreign = [file for old in sorted(output.glob("checkpoint-*")) for file in foreign_files(old)]
         logs = sorted((output / _LOGS).rglob("*"))

@@ -196,6 +196,17 @@ class TrainRecipe:
     log_every: int | None = _option(
         None, "Training", "Log the loss so often; default: about 100 times.", "steps", ("logging_steps",)
     )
+    patience: int | None = _option(
+        None, "Training", "Stop after so many epochs without a lower held-out loss; default: never.", "epochs", least=1
+    )
+    adapter_column: str | None = _option(
+        None, "Users", "Column that says whose row it is: every user gets an edit, in the store --output.",
+        aka=("users", "user_column"),
+    )  # fmt: skip
+    cohort_tokens: int | None = _option(
+        None, "Users", "Tokens of a forward, which decide how many users train together; default: 512, on a GPU 8192.",
+        "tokens", least=1,
+    )  # fmt: skip
     output: str = _option("out", "Output", "Folder of the adapter, its metrics, curve and card.", aka=("output_dir",))
     resume: bool = _option(False, "Output", "Go on from the newest whole checkpoint in the output folder.")
     overwrite: bool = _option(False, "Output", "Start again although the output folder holds an unfinished run.")
@@ -215,6 +226,7 @@ class TrainRecipe:
         object.__setattr__(self, "labels", read_labels(self.labels))
         object.__setattr__(self, "chat_template_kwargs", read_chat_template_kwargs(self.chat_template_kwargs))
         self._check_task()
+        self._check_users()
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -233,6 +245,26 @@ class TrainRecipe:
             )
         self._check_libraries_names()
         self.adapter_config()
+
+    def _check_users(self) -> None:
+        """Refuse what has no meaning for many users, or for a single adapter."""
+        if self.patience is not None and not self.eval_file and not self.eval_fraction:
+            raise ReftuneError(f"patience={self.patience} goes by the held-out loss: give eval_file or eval_fraction.")
+        if self.adapter_column is None:
+            if self.cohort_tokens is not None:
+                raise ReftuneError(f"cohort_tokens={self.cohort_tokens} is of many users: give adapter_column too.")
+            return
+        unfit = {
+            "task": self.task == "classification" and "classifiers are trained one by one",
+            "optimizer": self.optimizer not in (None, "adamw_torch") and "each user's steps are AdamW's; leave it out",
+            "schedule": self.schedule in ("greedy", "reduce_lr_on_plateau") and "use linear, cosine or constant",
+            "parametrization": self.parametrization != "cholesky" and "use cholesky",
+            "wandb": self.wandb and "what training came to is in users.jsonl",
+            "show": self.show and "it shows one adapter's rows; leave it out",
+        }
+        for name, why in unfit.items():
+            if why:
+                raise ReftuneError(f"{name}={getattr(self, name)!r} does not go with adapter_column: {why}.")
 
     def _check_libraries_names(self) -> None:
         """Refuse an optimizer or a schedule that transformers does not have; their defaults need no look."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import get_scheduler
+from transformers import EarlyStoppingCallback, get_scheduler
 
 from reftune import models
 from reftune.data.showing import show_examples
@@ -131,6 +131,7 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
             eval_dataset=eval_set,
             processing_class=tokenizer,
             compute_metrics=ready.compute_metrics,
+            callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else None,
         )
         if ready.no_prefixes is not None:
             trainer.prefixes.switch_off(ready.no_prefixes)

@@ -79,6 +79,15 @@ class Course:
         size = self.order.batch_size
         return [self.rows.train[index] for index in self._epoch[step * size : (step + 1) * size]]
 
+    def result(self) -> dict[str, Any]:
+        """What the training came to."""
+        steps = max(self.done, 1)
+        return {
+            "user": self.rows.name, "train_rows": len(self.rows.train), "eval_rows": len(self.rows.held_out),
+            "steps": self.done, "train_loss": self.loss_sum / steps, "eval_loss": self.best_loss,
+            "best_step": self.best_step or self.done,
+        }  # fmt: skip
+
     def record(self) -> dict[str, Any]:
         """What changes in training."""
         names = ("done", "loss_sum", "best_loss", "best_step", "worse", "stopped")

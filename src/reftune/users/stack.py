@@ -59,11 +59,10 @@ class Stack:
         mine = torch.nn.functional.one_hot(owners, self.users) == 1
         return mine.repeat_interleave(self.r, dim=1)
 
-    def tensors(self) -> list[dict[str, Tensor]]:
-        """Each user's tensors, by the names that they have in an adapter's file."""
+    def stacked_tensors(self) -> dict[str, Tensor]:
+        """The users' tensors, (users, ...), by the names that they have in an adapter's file."""
         found: dict[str, Tensor] = get_peft_model_state_dict(self.model, adapter_name=self.name)
-        parts = {name: tensor.detach().cpu().unflatten(0, (self.users, -1)) for name, tensor in found.items()}
-        return [{name: part[user].clone() for name, part in parts.items()} for user in range(self.users)]
+        return {name: tensor.detach().cpu().unflatten(0, (self.users, -1)).clone() for name, tensor in found.items()}
 
     def remove(self) -> None:
         """Put back the adapter's own edits, as they were."""
