@@ -59,3 +59,14 @@ def test_help_names_units_and_defaults(cli) -> None:
     result = cli("compare", "--help")
     assert result.exit_code == 0
     assert "--report-only" in result.stdout and "[default: 1]" in result.stdout
+
+
+def test_flags_add_the_rivals_that_train_nothing(cli, recipe: Path, tmp_path: Path) -> None:
+    flags = ("--system-prompt", "Ye be a pirate.", "--few-shot", "1", "--only", "prompted", "--only", "few-shot")
+    result = cli("compare", recipe, "--in-process", "--output", tmp_path / "out", *flags)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out" / "runs").iterdir()} == {"prompted", "few-shot"}
+    again = cli("compare", tmp_path / "out", "--report-only")  # the folder's recipe has them
+    assert again.exit_code == 0 and "prompted" in again.stdout and "few-shot" in again.stdout
+    refused = cli("compare", recipe, "--output", tmp_path / "out", "--few-shot", "none")
+    assert refused.exit_code == 2 and "examples='none'" in refused.stderr

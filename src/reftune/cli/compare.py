@@ -45,6 +45,14 @@ def compare(
             "but their seconds are no longer those of a lone run.",
         ),
     ] = False,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Also judge the base model behind this instruction (the method 'prompted')."),
+    ] = None,
+    few_shot: Annotated[
+        str | None,
+        typer.Option(metavar="K", help="Also judge it behind so many rows of training (the method 'few-shot')."),
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     **flags: Any,
 ) -> None:
@@ -60,7 +68,12 @@ def compare(
         numbers = None if seeds is None else [int(part) for part in seeds.split(",")]
     except ValueError:
         raise ReftuneError(f"--seeds {seeds}: write whole numbers, such as 0,1,2.") from None
-    resolved = resolve_comparison(recipe, {**flags, "seeds": numbers})
+    given = {
+        "prompted": None if system_prompt is None else {"method": "prompted", "text": system_prompt},
+        "few-shot": None if few_shot is None else {"method": "few-shot", "examples": few_shot},
+    }
+    more = {name: keys for name, keys in given.items() if keys is not None}
+    resolved = resolve_comparison(recipe, {**flags, "seeds": numbers}, more=more)
     comparison = run_comparison(
         resolved,
         jobs=jobs,

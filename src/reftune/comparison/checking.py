@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reftune import models
-from reftune.comparison.methods import attach_method
+from reftune.comparison.methods import attach_method, judged_rows, prompt_encoding
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.results import data_digest
 from reftune.data.formats import Example
@@ -20,6 +20,7 @@ from reftune.errors import ReftuneError
 from reftune.evaluation.options import read_option_rows
 from reftune.inference.loading import within_context
 from reftune.runs.completion import read_data
+from reftune.runs.recipe_values import told_at
 from reftune.runs.steps import encode_rows
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,17 @@ def check_comparison(recipe: CompareRecipe) -> Checked:
     skeleton, tokenizer = _skeleton(recipe)
     for rows in (train, held_out):
         encode_rows(rows, recipe.shared, tokenizer)
+    context = within_context(recipe.shared.encoding(tokenizer), skeleton)
+    _check_room(recipe, held_out, context)
+    for method, seed in recipe.runs():
+        if (own := prompt_encoding(method, context, train, seed)).before:
+            judged_rows(method, held_out, recipe.shared, tokenizer, own)
+            with told_at(method.name):
+                _check_room(recipe, held_out, own)
     parameters: dict[str, int] = {}
     for method in recipe.methods:
         adapted = attach_method(method, copy.deepcopy(skeleton), tokenizer)
         parameters[method.name] = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
-    _check_room(recipe, held_out, within_context(recipe.shared.encoding(tokenizer), skeleton))
     _check_options(recipe)
     return Checked(train, held_out, data_digest(train, held_out), parameters)
 

@@ -44,9 +44,9 @@ class Picture:
 
 def colour_of(summaries: Sequence[MethodSummary]) -> dict[str, str]:
     """A colour a method; the base model is grey."""
-    trained = [item.name for item in summaries if item.method.trains]
+    trained = [item.name for item in summaries if item.method.kind != "base"]
     found = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(trained)}
-    return found | {item.name: BASE_COLOUR for item in summaries if not item.method.trains}
+    return found | {item.name: BASE_COLOUR for item in summaries if item.method.kind == "base"}
 
 
 def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
@@ -54,7 +54,8 @@ def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
     trained = [item for item in summaries if item.method.trains]
     if not trained:
         return []
-    colours, base = colour_of(summaries), next((i.loss for i in summaries if not i.method.trains), None)
+    colours = colour_of(summaries)
+    base = [(_untrained_name(item), item.loss, colours[item.name]) for item in summaries if not item.method.trains]
 
     def pareto(axis: str, label: str, log: bool) -> Callable[[Axes], None]:
         return lambda axes: _pareto(axes, trained, colours, base, axis, label, log)
@@ -109,28 +110,36 @@ def _inline(svg: str, name: str) -> str:
     return svg.replace(_INK, "currentColor").strip()
 
 
-def _limits(axes: Axes, values: Sequence[float], base: float | None) -> None:
-    """Room for the methods; the base model's line is drawn where it does not push them together."""
+_Levels = Sequence[tuple[str, float, str]]
+"""What is not trained, as lines: what it is called, its loss, its colour."""
+
+
+def _untrained_name(item: MethodSummary) -> str:
+    return "base model" if item.method.kind == "base" else item.name
+
+
+def _limits(axes: Axes, values: Sequence[float], base: _Levels) -> None:
+    """Room for the methods; what is not trained is a line where it does not push them together, else a number."""
     low, high = min(values), max(values)
     span = max(high - low, 1e-3 * max(abs(high), 1e-6))
-    near = base is not None and low - 0.6 * span <= base <= high + 0.6 * span
-    if near and base is not None:
-        low, high = min(low, base), max(high, base)
-        axes.axhline(base, color=BASE_COLOUR, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    near = [level for level in base if low - 0.6 * span <= level[1] <= high + 0.6 * span]
+    for name, loss, colour in near:
+        low, high = min(low, loss), max(high, loss)
+        axes.axhline(loss, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            "base model", (1, base), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
-            ha="right", va="bottom", fontsize=8, color=BASE_COLOUR,
+            name, (1, loss), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
+            ha="right", va="bottom", fontsize=8, color=colour,
         )  # fmt: skip
     axes.set_ylim(low - 0.14 * span, high + 0.14 * span)
-    if base is not None and not near:
-        axes.annotate(
-            f"base model: {base:.3f}", (1, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
-            ha="right", va="bottom", fontsize=8, color=BASE_COLOUR,
-        )  # fmt: skip
+    far = [f"{name}: {loss:.3f}" for name, loss, _ in base if name not in {level[0] for level in near}]
+    axes.annotate(
+        "; ".join(far), (1, 1), xycoords="axes fraction", xytext=(0, 4), textcoords="offset points",
+        ha="right", va="bottom", fontsize=8, color=BASE_COLOUR,
+    )  # fmt: skip
 
 
 def _pareto(
-    axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: float | None, axis: str, label: str,
+    axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: _Levels, axis: str, label: str,
     log: bool,
 ) -> None:  # fmt: skip
     costs = [float(getattr(item, axis)) for item in items]
@@ -175,7 +184,7 @@ def _label_points(axes: Axes, markers: Sequence[Line2D]) -> None:
     )  # fmt: skip
 
 
-def _held_out(axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: float | None) -> None:
+def _held_out(axes: Axes, items: Sequence[MethodSummary], colours: dict[str, str], base: _Levels) -> None:
     curves = {item.name: item.curve() for item in items}
     if max(len(curve) for curve in curves.values()) > 2:  # the base model's loss would press the rest together
         curves = {name: curve[1:] for name, curve in curves.items()}

@@ -1,13 +1,15 @@
 """The methods that can be compared: their keys in a recipe, their configuration, and how each is put on a base model.
 
-To add one: its keys in `_KEYS` and a branch in `peft_config` (or in `attach_method`, where it is no PEFT method).
+To add one: its keys in `_KEYS` and a branch in `peft_config` (or in `attach_method`, where it is no PEFT method; or in
+`prompt_encoding`, where the prompt alone is changed).
 """
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +17,18 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfi
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reftune.data.formats import Example, Message
+from reftune.data.tokenising import Encoding
+from reftune.data.values import check_text
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
 from reftune.runs.recipe import TrainRecipe, adapter_keys
 from reftune.runs.recipe_values import also_known_as, check_names, read_layers, read_number, told_at
+from reftune.runs.steps import encode_rows
 
 WEIGHTS = ("lora", "dora")
-OTHERS = ("ia3", "prefix", "prompt", "full", "base")
+UNTRAINED = ("base", "prompted", "few-shot")
+OTHERS = ("ia3", "prefix", "prompt", "full", *UNTRAINED)
 
 TRAINING_KEYS = (
     "lr", "warmup_ratio", "warmup_steps", "weight_decay", "optimizer", "schedule", "max_grad_norm",
@@ -60,6 +67,13 @@ def _layers(key: str, value: Any) -> list[int] | None:
     return None if layers == "all" else [layers] if isinstance(layers, int) else layers
 
 
+def _words(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ReftuneError(f"{key}={value!r}: write the instruction that stands before every prompt.")
+    check_text(value, key)
+    return value
+
+
 _whole = partial(read_number, whole=True, least=1)
 _TARGETS = {"target_modules": _Key(_names, ("modules", "targets"))}
 _TOKENS = {"virtual_tokens": _Key(_whole, ("num_virtual_tokens", "tokens", "length"), 20)}
@@ -78,6 +92,8 @@ _KEYS: Mapping[str, Mapping[str, _Key]] = {
     "prompt": {**_TOKENS, "init_text": _Key(lambda _, value: str(value), ("prompt_tuning_init_text",))},
     "full": {},
     "base": {},
+    "prompted": {"text": _Key(_words, ("instruction", "system_prompt"))},
+    "few-shot": {"examples": _Key(_whole, ("k", "shots", "few_shot"), 4)},
 }
 _DEFAULT_LR = {"lora": 1e-3, "dora": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt": 3e-2, "full": 5e-5}
 """Where neither the method nor the recipe gives one; edits have TrainRecipe's default."""
@@ -89,7 +105,8 @@ class Method:
 
     Attributes:
         name: as the recipe calls it.
-        kind: `lora`, `dora`, `ia3`, `prefix`, `prompt`, `full`, `base`, an edit (`loreft`), or `lora+loreft`.
+        kind: `lora`, `dora`, `ia3`, `prefix`, `prompt`, `full`, `base`, `prompted` (the base behind an instruction),
+            `few-shot` (behind rows of training), an edit (`loreft`), or `lora+loreft`.
         train: the shared settings with this method's own; its adapter fields count for edits alone.
         options: what else it was given, by key (of LoRA's part where it is a pair).
     """
@@ -111,8 +128,13 @@ class Method:
 
     @property
     def trains(self) -> bool:
-        """Whether anything is trained; the base model is only evaluated."""
-        return self.kind != "base"
+        """Whether anything is trained; the base model is only evaluated, and so it is behind other prompts."""
+        return self.kind not in UNTRAINED
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed decides anything: training, or which examples stand in the prompt."""
+        return self.trains or self.kind == "few-shot"
 
     def settings(self) -> dict[str, Any]:
         """What decides the result and is this method's own, for its fingerprint and the report."""
@@ -161,10 +183,11 @@ def read_method(name: str, given: Any, shared: Mapping[str, Any]) -> Method:
         trained = [key for key in TRAINING_KEYS if key != "prefix_reuse" or (edits and not plus)]
         names = also_known_as(TrainRecipe)
         known = own | {
-            key: names[key] for key in (*(adapter_keys()[1:] if edits else ()), *(trained if kind != "base" else ()))
+            key: names[key] for key in (*(adapter_keys()[1:] if edits else ()), *(() if kind in UNTRAINED else trained))
         }
+        others = [word for words in own.values() for word in words]
         for key in values:
-            if key in names and key not in (*known, *adapter_keys(), *TRAINING_KEYS):
+            if key in names and key not in (*known, *adapter_keys(), *TRAINING_KEYS, *others):
                 raise ReftuneError(f"{key!r} is shared by all methods; write it at the top of the recipe.")
         check_names(values, {"method": (), **known})
         settings = {key: value for key, value in values.items() if key not in own}
@@ -178,10 +201,12 @@ def read_method(name: str, given: Any, shared: Mapping[str, Any]) -> Method:
             key: item.default if (value := values.get(prefix + key)) is None else item.read(key, value)
             for key, item in keys.items()
         }
+        if kind == "prompted" and options["text"] is None:
+            raise ReftuneError("text is missing: write the instruction that stands before every prompt.")
         if "alpha" in options:
             options["alpha"] = options["alpha"] or 2.0 * options["rank"]
         method = Method(name, kind, TrainRecipe(**{**shared, **settings}), options)
-        if method.weights or not edits and kind not in ("full", "base"):
+        if method.weights or not edits and kind not in ("full", *UNTRAINED):
             try:
                 peft_config(method)
             except (ValueError, TypeError) as error:  # PEFT's own checks
@@ -217,7 +242,7 @@ class Adapted:
     """A base model with a method on it.
 
     Attributes:
-        model: what the trainer trains; the base model itself for `full` and `base`.
+        model: what the trainer trains; the base model itself for `full` and where nothing is trained.
         adapters: the adapters to save, by their names on the PEFT model that holds each.
     """
 
@@ -232,7 +257,7 @@ def attach_method(method: Method, base: Any, tokenizer: PreTrainedTokenizerBase)
         ReftuneError: a layer, module or rank that this model does not have.
     """
     try:
-        if method.kind in ("full", "base"):
+        if method.kind in ("full", *UNTRAINED):
             for parameter in base.parameters():
                 parameter.requires_grad_(method.kind == "full" and parameter.is_floating_point())
             return Adapted(base, {})
@@ -295,3 +320,73 @@ def peft_config(method: Method, tokenizer: PreTrainedTokenizerBase | None = None
             "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": given["init_text"], "tokenizer_name_or_path": name
         }  # fmt: skip
     return PromptTuningConfig(task_type=task, num_virtual_tokens=given["virtual_tokens"], **text)
+
+
+# Before a prompt
+
+
+def prompt_encoding(method: Method, encoding: Encoding, train: Sequence[Example], seed: int) -> Encoding:
+    """How a method reads prompts: `prompted` behind its instruction, `few-shot` behind examples that the seed chooses.
+
+    What stands before a prompt counts towards the model's context and not towards the row length of training; nothing
+    is cut for it.
+
+    Args:
+        method: the method.
+        encoding: of the other methods, with the model's context as its limit.
+        train: the rows that examples are taken from; their system messages are left out.
+        seed: of the run.
+
+    Raises:
+        ReftuneError: there are fewer rows than examples.
+    """
+    if method.kind == "prompted":
+        return replace(encoding, before=(Message("system", method.options["text"]),), on_long_prompt="error")
+    if method.kind != "few-shot":
+        return encoding
+    wanted = method.options["examples"]
+    if wanted > len(train):
+        raise ReftuneError(f"{method.name}: examples={wanted}: there are {len(train)} rows of training.")
+    turns: list[Message] = []
+    for row in random.Random(seed).sample(list(train), wanted):
+        turns += [message for message in row.messages if message.role != "system"]
+        turns.append(Message("assistant", row.completion, row.more))
+    return replace(encoding, before=tuple(turns), on_long_prompt="error")
+
+
+def judged_rows(
+    method: Method, rows: Sequence[Example], settings: TrainRecipe, tokenizer: Any, encoding: Encoding
+) -> Any:
+    """Held-out rows as a method is judged on them: behind other prompts, the supervised tokens are the same.
+
+    Args:
+        method: the method.
+        rows: the held-out rows.
+        settings: as the rows are encoded for methods that are trained.
+        tokenizer: the base model's.
+        encoding: of `prompt_encoding`.
+
+    Raises:
+        ReftuneError: a row that does not fit the model's context, or whose supervised tokens would be others.
+    """
+    plain = encode_rows(rows, settings, tokenizer)
+    if not encoding.before:
+        return plain
+    with told_at(method.name):
+        for row, (prompt, completion), own in zip(rows, encoding.turn_ids(rows), plain, strict=True):
+            length, where = len(prompt) + len(completion), row.where or "a held-out row"
+            if encoding.limit is not None and length > encoding.limit:
+                raise ReftuneError(
+                    f"{where}: behind what stands before it, the row ends at token {length}, and the model takes "
+                    f"{encoding.limit}: {_shorter(method)}."
+                )
+            if completion != own["input_ids"][own["prompt_length"] :]:
+                raise ReftuneError(
+                    f"{where}: its supervised tokens would not be those of the other methods, because "
+                    f"max_length={settings.max_length} cuts its completion: raise max_length."
+                )
+        return encoding.dataset(rows)
+
+
+def _shorter(method: Method) -> str:
+    return "give fewer examples" if method.kind == "few-shot" else "write a shorter text"

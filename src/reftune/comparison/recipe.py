@@ -79,13 +79,13 @@ class CompareRecipe:
     def runs(self) -> list[tuple[Method, int]]:
         """Every (method, seed), seed by seed, so that a broken-off comparison has every method at the first seeds.
 
-        The base model is not trained, so it is evaluated once.
+        What no seed changes, the base model above all, is evaluated once.
         """
         return [
             (method, seed)
             for index, seed in enumerate(self.seeds)
             for method in self.methods
-            if method.trains or index == 0
+            if method.seeded or index == 0
         ]
 
     def to_yaml(self) -> str:
@@ -100,12 +100,18 @@ class CompareRecipe:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
-def resolve_comparison(source: str | Path | Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> CompareRecipe:
+def resolve_comparison(
+    source: str | Path | Mapping[str, Any],
+    flags: Mapping[str, Any] | None = None,
+    *,
+    more: Mapping[str, Any] | None = None,
+) -> CompareRecipe:
     """Make a comparison from a YAML file or a mapping, and flags, which win.
 
     Args:
         source: a recipe, the folder of an earlier comparison, or the recipe's content.
         flags: values by key; None means "not given".
+        more: methods beside those of the recipe, in place of those with the same names.
 
     Raises:
         ReftuneError: a file that is missing or not YAML, an unknown key, a value out of range.
@@ -118,6 +124,8 @@ def resolve_comparison(source: str | Path | Mapping[str, Any], flags: Mapping[st
         path = path / RECIPE_FILE if path.is_dir() else path
         values, where = read_yaml(path), f"recipe {path}"
     with told_at(where):
+        if more and isinstance(entries := values.get("methods"), Mapping):
+            values["methods"] = {**entries, **more}
         return _checked(merged(values, flags))
 
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from reftune.adapter.config import ReftConfig
-from reftune.comparison.methods import Adapted, Method, attach_method
+from reftune.comparison.methods import Adapted, Method, attach_method, judged_rows, prompt_encoding
 from reftune.comparison.peak_memory import PeakMemory
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.results import RunResult, data_digest, fingerprint, run_folder
 from reftune.data.formats import Example
+from reftune.data.tokenising import Encoding
 from reftune.evaluation.heldout import exact_match
 from reftune.evaluation.options import Norm, evaluate_options, read_option_rows
 from reftune.evaluation.row_losses import RowLosses, row_losses
@@ -75,7 +76,10 @@ def execute(
     transformers.set_seed(seed)
     base, tokenizer = load_base(settings)
     adapted = attach_method(method, base, tokenizer)
-    train_set, eval_set = (encode_rows(rows, settings, tokenizer) for rows in (train_rows, held_out))
+    context = within_context(settings.encoding(tokenizer), base)
+    encoding = prompt_encoding(method, context, train_rows, seed)
+    train_set = encode_rows(train_rows, settings, tokenizer)
+    eval_set = judged_rows(method, held_out, settings, tokenizer, encoding)
     trainer = _ComparisonTrainer(
         model=adapted.model,
         args=training_arguments(
@@ -105,7 +109,7 @@ def execute(
     parameters = [p for p in adapted.model.parameters() if p.requires_grad]
     size = _save(adapted, settings, method, folder / ADAPTER_FOLDER, parameters)
     trainer.prefixes.close()
-    edited = _as_edited(adapted.model, base, tokenizer, settings)
+    edited = _as_edited(adapted.model, tokenizer, encoding)
     answers = _answers(edited, held_out, recipe, method, tell)
     right = _options_right(edited, recipe, settings.batch_size, tell)
     matches = [exact_match(answer, row.completion) for answer, row in zip(answers, held_out, strict=False)]
@@ -220,13 +224,13 @@ def _save(adapted: Adapted, settings: TrainRecipe, method: Method, folder: Path,
     return size
 
 
-def _as_edited(model: Any, base: Any, tokenizer: PreTrainedTokenizerBase, settings: TrainRecipe) -> EditedModel:
+def _as_edited(model: Any, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> EditedModel:
     """The trained model as generation and option scoring take it."""
     if not isinstance(model, PeftModel):  # they speak to PEFT models: an edit that is switched off changes no bit
         model = get_peft_model(model, ReftConfig(method="lobireft", r=1, layers_to_transform=0, task_type="CAUSAL_LM"))
         model.base_model.disable_adapter_layers()
     model.eval()
-    return EditedModel(model, tokenizer, within_context(settings.encoding(tokenizer), base))
+    return EditedModel(model, tokenizer, encoding)
 
 
 def _answers(

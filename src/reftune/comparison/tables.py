@@ -82,16 +82,16 @@ def settings_rows(summaries: Sequence[MethodSummary]) -> list[tuple[str, str, st
 
 def verdict(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[str]:
     """The outcome in sentences."""
-    trained = [item for item in summaries if item.method.trains]
-    if not trained:
+    rivals = [item for item in summaries if item.method.kind != "base"]
+    if not rivals:
         return ["Nothing was trained."]
-    best = min(trained, key=lambda item: item.loss)
+    best = min(rivals, key=lambda item: item.loss)
     sentences = [f"{best.name} has the lowest held-out loss, {best.loss:.4f} nats a token."]
     reference = next((item for item in summaries if item.name == recipe.reference), None)
     if reference is None:
         return sentences
     groups: dict[str, list[str]] = {"better": [], "worse": [], "like": []}
-    for item in trained:
+    for item in rivals:
         if item.difference is not None:
             mean, sure = item.difference.mean, item.difference.p_value < SIGNIFICANT
             group = "like" if not sure else "better" if mean < 0 else "worse"
@@ -108,7 +108,9 @@ def verdict(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[s
 
 
 def _parameters(item: MethodSummary, reference: MethodSummary) -> str:
-    if not reference.parameters or not item.parameters:
+    if not item.parameters:
+        return "nothing trained"
+    if not reference.parameters:
         return f"{item.parameters:,} parameters"
     ratio = item.parameters / reference.parameters
     if 0.95 < ratio < 1.05:
@@ -152,10 +154,22 @@ def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[
         "Differences are paired by row, on losses averaged over the seeds: their interval and p value (permutation "
         "test) speak of other rows from the same source, not of other seeds.",
         "Learning rates are as the recipe sets them: a method whose rate was not searched may do better with another.",
+        *_prompt_lines(recipe),
         "Seconds are of training alone; loading, evaluation and saving are not counted. What prefix reuse spares is in "
         "them, and its first computation too.",
     ]
     return [*lines, *_memory_line(summaries), *_reuse_lines(summaries)]
+
+
+def _prompt_lines(recipe: CompareRecipe) -> list[str]:
+    kinds = {method.kind for method in recipe.methods}
+    lines = {
+        "prompted": "An instructed base reads its instruction before every prompt, and nothing is trained; the loss is "
+        "of the same tokens as every method's.",
+        "few-shot": "A few-shot base reads rows of training, with their answers, before every prompt: the same for "
+        "every row, others for each seed. Nothing is trained; the loss is of the same tokens as every method's.",
+    }
+    return [line for kind, line in lines.items() if kind in kinds]
 
 
 def _accumulated(recipe: CompareRecipe) -> str:

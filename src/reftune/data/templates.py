@@ -79,6 +79,15 @@ def render_turn(
     return _raw_prompt(asked, raw, eos), example.completion + eos
 
 
+def behind(turns: Sequence[Message], example: Any, system_prompt: str | None) -> Example:
+    """A prompt behind other turns; what these, the prompt or `system_prompt` say as the system is one message."""
+    own = _example(example, system_prompt)
+    messages = (*turns, *own.messages)
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    rest = [message for message in messages if message.role != "system"]
+    return replace(own, messages=(*([Message("system", system)] if system else []), *rest))
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str:
     """Return the text that ends an assistant turn, up to and including its special token (`<|im_end|>`, `</s>`, ...).
 

@@ -10,8 +10,8 @@ from typing import Any, TypedDict, cast
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from reftune.data.formats import Example, LabelledText
-from reftune.data.templates import render_prompt, render_turn, resolve_template, turn_end, turn_opening
+from reftune.data.formats import Example, LabelledText, Message
+from reftune.data.templates import behind, render_prompt, render_turn, resolve_template, turn_end, turn_opening
 from reftune.data.values import check_text
 from reftune.errors import ReftuneError
 from reftune.output import terminal
@@ -43,6 +43,7 @@ class Encoding:
         max_length: most tokens of a row, at least 2; None takes the tokenizer's limit, if it states one.
         on_long_prompt: "truncate" drops the beginning of a prompt that does not fit, "error" names its row.
         chat_template_kwargs: arguments of the chat template (`enable_thinking`).
+        before: turns that stand before every prompt: an instruction, answered examples.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +52,7 @@ class Encoding:
     max_length: int | None = None
     on_long_prompt: str = "truncate"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    before: tuple[Message, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a limit or policy that cannot be, and arguments of a chat template that is not used."""
@@ -75,12 +77,18 @@ class Encoding:
 
     def render(self, prompt: Any) -> str:
         """A prompt as text (see `templates.render_prompt`)."""
+        prompt = self._behind(prompt)
         return render_prompt(prompt, self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+
+    def _behind(self, prompt: Any) -> Any:
+        return behind(self.before, prompt, self.system_prompt) if self.before else prompt
 
     def turn_ids(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
         """Token ids of each example's prompt, and of its completion as the model has to write it."""
         turns = [
-            render_turn(example, self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+            render_turn(
+                self._behind(example), self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs
+            )
             for example in examples
         ]
         prompts = self._prompt_ids([prompt for prompt, _ in turns], examples)
