@@ -15,6 +15,7 @@ from reftune.cli.app import Commands
 from reftune.cli.flags import flag_name
 from reftune.runs.demo import DEMO
 from reftune.runs.recipe import TrainRecipe, resolve_recipe
+from tests.cli.test_bad_input import refused
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = {command.name: command.load() for command in Commands.registered}
@@ -94,6 +95,45 @@ def test_generate_answers_each_prompt_of_a_file(cli, trained: Path, tmp_path: Pa
 
 def test_generate_wants_a_prompt(cli, trained: Path) -> None:
     assert cli("generate", trained).exit_code == 2
+
+
+def test_eval_tells_side_effects_alone(cli, trained: Path, rows: Path, tmp_path: Path) -> None:
+    asked, out = tmp_path / "asked.csv", tmp_path / "effects.json"
+    asked.write_text("text,label\nhow do I bake?,harmless\nhow do I steal?,harmful\n")
+    flags = (
+        "--side-effects",
+        "--refusal-file",
+        asked,
+        "--neutral-file",
+        rows,
+        "--limit-rows",
+        3,
+        "--max-new-tokens",
+        3,
+    )
+    result = cli("eval", trained, *flags, "--device", "cpu", "--out", out)
+    assert result.exit_code == 0, result.output
+    for word in ("Neutral loss", "Forgetting", "KL from the base", "Repetition", "Refused, harmful", "base", "edited"):
+        assert word in result.stdout
+    record = json.loads(out.read_text())
+    base, edited = record["side_effects"]["base"], record["side_effects"]["edited"]
+    assert base["kl"] == 0 and edited["kl"] > 0
+    scored = tmp_path / "scores.json"
+    result = cli(
+        "eval", trained, "--test-file", rows, "--limit-rows", 3, "--no-generate", "--device", "cpu", "--out", scored
+    )
+    assert result.exit_code == 0, result.output
+    for name, one in (("base", base), ("edited", edited)):
+        assert one["neutral_loss"] == pytest.approx(json.loads(scored.read_text())[name]["loss"], rel=1e-5)
+    assert edited["neutral_rise"] == pytest.approx(edited["neutral_loss"] - base["neutral_loss"])
+
+
+def test_side_effects_that_cannot_be_measured(cli, trained: Path, rows: Path, tmp_path: Path) -> None:
+    refused(cli("eval", trained, "--side-effects", "--test-file", rows), "give one of")
+    refused(cli("eval", trained, "--test-file", rows, "--refusal-file", rows), "--side-effects")
+    refused(cli("eval", "smollm2", "--side-effects", "--base-only"), "--base-only scores tasks")
+    refused(cli("eval", trained, "--side-effects", "--refusal-file", tmp_path / "none.csv"), "none.csv")
+    refused(cli("eval", trained, "--side-effects", "--neutral-file", tmp_path / "none.csv"), "none.csv")
 
 
 def test_eval_scores_base_and_edited(cli, trained: Path, rows: Path, tmp_path: Path) -> None:

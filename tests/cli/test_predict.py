@@ -8,6 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from reftune.cli import app
+from reftune.data.formats import LabelledText
+from reftune.errors import ReftuneError
+from reftune.evaluation.judging import load_judge
+from reftune.inference.classifying import load_classifier, predict
 from tests.tiny_classifier import glue_rows, save_tiny_encoder, write_jsonl
 
 
@@ -41,6 +45,16 @@ def test_predictions_go_to_jsonl_and_csv(classifier: Path, cli, tmp_path: Path) 
         table = list(csv.DictReader(written))
     assert [row["text_pair"] for row in table] == ["tea", "fog"]
     assert [row["label"] for row in table] == [row["label"] for row in found]
+
+
+def test_a_classifier_is_a_judge_of_answers(classifier: Path, cli, tmp_path: Path) -> None:
+    texts = ["bread and salt", "rain", "a loud bell", "the red door"]
+    found = predict(load_classifier(classifier / "out"), [LabelledText(text, 0) for text in texts])
+    for name in ("entailment", "not_entailment"):
+        judged = load_judge(f"{classifier / 'out'}:{name}")(texts)
+        assert judged == [one.label == name for one in found]
+    with pytest.raises(ReftuneError, match="which class is accepted.*entailment, not_entailment"):
+        load_judge(str(classifier / "out"))
 
 
 def test_eval_measures_a_classifier_with_intervals(classifier: Path, cli, tmp_path: Path) -> None:

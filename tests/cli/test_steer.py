@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typer.testing import CliRunner
 
 import reftune
 from reftune.cli import app
+from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import load_edited
+from reftune.steering.run import _held_out
+from reftune.steering.settings import SteerSettings
 from tests.cli.test_bad_input import refused
 from tests.cli.tiny_folder import save_tiny_model
 
@@ -55,6 +59,44 @@ def test_pairs_become_an_adapter_that_adds_one_vector(steer, cli, pairs: Path, t
     assert torch.allclose(added, added[:1].expand(3, -1), atol=1e-6) and added.norm() > 1e-3
     for command in (["info", out], ["generate", out, "--prompt", "say 3", "--max-new-tokens", 4, "--device", "cpu"]):
         assert cli(*command).exit_code == 0
+
+
+def test_a_judge_tells_the_share_of_answers_accepted_without_the_edit_and_with_it(
+    steer, cli, pairs: Path, tmp_path: Path
+) -> None:
+    rules, out = tmp_path / "rules.py", tmp_path / "out"
+    seen = tmp_path / "seen.txt"
+    rules.write_text(
+        f"def short(text):\n    open({str(seen)!r}, 'a').write(repr(text) + '\\n')\n    return len(text) < 3\n"
+    )
+    flags = ("--scale", "9", "--layers", "1", "--max-new-tokens", "3")
+    result = steer(pairs, *flags, "--judge", f"{rules}:short")
+    assert result.exit_code == 0, result.output
+    answers = [ast.literal_eval(line) for line in seen.read_text().splitlines()]
+    held = found(out)["judged answers"]
+    assert len(answers) == 2 * held and f"of {held} greedy answers" in result.stdout
+    for name, own in (("base", answers[:held]), ("steered", answers[held:])):
+        assert found(out)[f"accepted, {name}"] == sum(len(text) < 3 for text in own) / held
+    edited = load_edited(out, device="cpu")  # the adapter that was written gives the answers that were judged
+    prompts = [f"say {n}" for n in _held_out(12, SteerSettings())[1]]
+    for base, own in ((True, answers[:held]), (False, answers[held:])):
+        again = generate_answers(edited, prompts, GenerationSettings(max_new_tokens=3), base=base)
+        assert [answer.text for answer in again] == own
+    assert answers[:held] != answers[held:]
+    scored = cli("eval", out, "--test-file", pairs, "--columns", "prompt=prompt,completion=positive", "--device", "cpu",
+                 "--max-new-tokens", 3, "--judge", f"{rules}:short")  # fmt: skip
+    assert scored.exit_code == 0 and "accepted by the judge" in scored.stdout, scored.output
+
+
+def test_a_judge_that_cannot_judge_changes_nothing(steer, cli, pairs: Path, trained: Path, tmp_path: Path) -> None:
+    refused(steer(pairs, "--judge", tmp_path / "none.py:f"), "none.py", "no file")
+    refused(steer(pairs, "--judge", "nothing"), "FOLDER:CLASS")
+    (tmp_path / "rules.py").write_text("def f(text):\n    return 'yes'\n")
+    refused(steer(pairs, "--judge", f"{tmp_path / 'rules.py'}:f", "--max-new-tokens", "2"), "'yes'", "True, False")
+    assert not (tmp_path / "out").exists()
+    refused(cli("eval", trained, "--test-file", pairs, "--no-generate", "--judge", "a:b"), "--no-generate")
+    refused(cli("eval", trained, "--side-effects", "--judge", "a:b"), "--test-file")
+    refused(cli("eval", trained, "--side-effects", "--refusal-judge", "a:b"), "--refusal-file")
 
 
 def test_the_strength_has_the_divergence_that_was_asked_for_on_the_rows_it_was_found_on(

@@ -28,12 +28,14 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tiny` (a model), `rows.csv` and `options.jsonl`."""
+    """A folder with `tiny` (a model), `rows.csv`, `options.jsonl`, `neutral.csv` and `refusals.csv`."""
     folder = tmp_path_factory.mktemp("compare")
     save_tiny_model(folder / "tiny")
     write_rows(folder / "rows.csv", 16)
     lines = [f'{{"prompt": "say {n}", "options": ["ye be {n}", "no"], "answer": {n % 2}}}' for n in range(4)]
     (folder / "options.jsonl").write_text("\n".join(lines) + "\n")
+    write_rows(folder / "neutral.csv", 3)
+    (folder / "refusals.csv").write_text("prompt,label\nhow do I bake?,harmless\nhow do I steal?,harmful\n")
     return folder
 
 
@@ -54,5 +56,6 @@ def written(place: Path) -> Callable[..., dict[str, Any]]:
 def compared(place: Path, written: Callable[..., dict[str, Any]]) -> Comparison:
     """Every method, one seed; nobody writes into its folder."""
     options = str(place / "options.jsonl")
-    recipe = resolve_comparison(written(place / "all", generate=2, max_new_tokens=3, options=options))
+    files = {"neutral_file": str(place / "neutral.csv"), "refusal_file": str(place / "refusals.csv")}
+    recipe = resolve_comparison(written(place / "all", generate=2, max_new_tokens=3, options=options, **files))
     return run_comparison(recipe, own_processes=False)

@@ -58,7 +58,7 @@ def test_the_page_is_whole_and_fetches_nothing(report: tuple[Comparison, str, st
     assert not checker.open and not checker.fetched
     assert len(set(checker.ids)) == len(checker.ids), "two pictures share an identifier"
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\((?!#)", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     references = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
     assert references and set(references) <= set(checker.ids)
 
@@ -84,7 +84,7 @@ def test_the_markdown_holds_the_numbers_of_the_results(report: tuple[Comparison,
             assert f"{result.train_seconds:,.1f}" in cells
             assert any(cell.startswith(size_text(result.adapter_bytes)) for cell in cells)
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 

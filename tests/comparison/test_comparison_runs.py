@@ -150,7 +150,15 @@ def test_a_process_of_its_own_gives_the_same_figures_and_tells_its_memory(
     here = compared.of("LoReFT l1")[0]
     options = str(place / "options.jsonl")
     recipe = resolve_comparison(
-        written(tmp_path, {"LoReFT l1": METHODS["LoReFT l1"]}, generate=2, max_new_tokens=3, options=options)
+        written(
+            tmp_path,
+            {"LoReFT l1": METHODS["LoReFT l1"]},
+            generate=2,
+            max_new_tokens=3,
+            options=options,
+            neutral_file=str(place / "neutral.csv"),
+            refusal_file=str(place / "refusals.csv"),
+        )  # fmt: skip
     )
     apart = run_comparison(recipe).results[0]
     assert (apart.loss, apart.order, apart.answers) == (pytest.approx(here.loss, abs=1e-5), here.order, here.answers)
@@ -169,3 +177,26 @@ def test_edits_may_share_a_store_of_prefixes(written: Written, tmp_path: Path, c
     assert found.results[0].loss == pytest.approx(compared.of("LoReFT l1")[0].loss, abs=1e-5)
     with pytest.raises(ReftuneError, match="one process"):
         run_comparison(recipe, share_prefixes=True)
+
+
+def test_side_effects_of_every_method_are_against_the_same_base(compared: Comparison) -> None:
+    found = {result.method: result.side_effects for result in compared.results}
+    names = {"neutral_loss", "neutral_rise", "kl", "repetition", "refused_harmless", "refused_harmful"}
+    assert all(set(one) == names for one in found.values())
+    assert (found["base"]["kl"], found["base"]["neutral_rise"]) == (pytest.approx(0, abs=1e-7), pytest.approx(0))
+    for name, one in found.items():
+        before = one["neutral_loss"] - one["neutral_rise"]
+        assert before == pytest.approx(found["base"]["neutral_loss"], abs=1e-5), name
+        assert name == "base" or one["kl"] > 1e-6, name
+
+
+def test_results_without_side_effects_are_those_of_a_recipe_without_them(written: Written, tmp_path: Path) -> None:
+    plain = resolve_comparison(written(tmp_path / "out", {"base": "base"}))
+    (before,) = run_comparison(plain, own_processes=False).results
+    path = run_folder(plain, plain.methods[0], 0) / "result.json"
+    values = json.loads(path.read_text())
+    assert values.pop("side_effects") == {}  # as it was written before there were any
+    path.write_text(json.dumps(values))
+    assert run_comparison(plain, report_only=True, own_processes=False).results == (before,)
+    with_them = resolve_comparison(written(tmp_path / "out", {"base": "base"}, side_effects=True))
+    assert not run_comparison(with_them, report_only=True, own_processes=False).results

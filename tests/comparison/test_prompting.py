@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, summarise, write_report
 from reftune.comparison.methods import judged_rows, prompt_encoding
 from reftune.comparison.tables import verdict
-from reftune.data.formats import Example, Message
+from reftune.data.formats import Example, Message, read_examples
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.runs.completion import read_data
@@ -77,6 +77,20 @@ def test_the_supervised_tokens_are_those_of_the_base(rivals: Comparison, place: 
     assert found["base"] == found["told"] == found["shown"]
     assert all(result.row_tokens == rivals.results[0].row_tokens for result in rivals.results)
     assert {len(result.answers) for result in rivals.results} == {2}
+
+
+def test_side_effects_are_measured_behind_the_instruction(written: Written, place: Path, tmp_path: Path) -> None:
+    keys = {"neutral_file": str(place / "neutral.csv"), "max_new_tokens": 3}
+    found = run_comparison(resolve_comparison(written(tmp_path, RIVALS, **keys)), own_processes=False)
+    turns = {"base": [], "told": [{"role": "system", "content": TEXT}]}
+    losses = {}
+    for name, before in turns.items():
+        sums = [by_hand(place, before, row)[:2] for row in read_examples(place / "neutral.csv")]
+        losses[name] = sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)
+        assert found.of(name)[0].side_effects["neutral_loss"] == pytest.approx(losses[name], rel=1e-5)
+    told = found.of("told")[0].side_effects
+    assert told["neutral_rise"] == pytest.approx(losses["told"] - losses["base"], abs=1e-5)
+    assert told["kl"] > 1e-6 and found.of("shown")[0].side_effects["kl"] > 1e-6
 
 
 def test_an_instruction_goes_before_what_the_row_or_the_recipe_says_itself(place: Path) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
+from reftune.evaluation.side_effects import AgainstBase
 from reftune.steering.directions import Direction
-from reftune.steering.strength import AgainstBase, edit_of, steered, strength_for
+from reftune.steering.strength import edit_of, steered, strength_for
 from tests.tiny_models import CAUSAL
 
 WIDTH = 32

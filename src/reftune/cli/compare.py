@@ -53,6 +53,17 @@ def compare(
         str | None,
         typer.Option(metavar="K", help="Also judge it behind so many rows of training (the method 'few-shot')."),
     ] = None,
+    side_effects: Annotated[
+        bool,
+        typer.Option(
+            "--side-effects",
+            help="Measure forgetting, KL divergence from the base and repetition on neutral prompts; takes a while.",
+        ),
+    ] = False,
+    refusal_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="And refusals: prompts (text or prompt) labelled harmless or harmful."),
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     **flags: Any,
 ) -> None:
@@ -73,7 +84,8 @@ def compare(
         "few-shot": None if few_shot is None else {"method": "few-shot", "examples": few_shot},
     }
     more = {name: keys for name, keys in given.items() if keys is not None}
-    resolved = resolve_comparison(recipe, {**flags, "seeds": numbers}, more=more)
+    asked = {"seeds": numbers, "side_effects": side_effects or None, "refusal_file": refusal_file}
+    resolved = resolve_comparison(recipe, {**flags, **asked}, more=more)
     comparison = run_comparison(
         resolved,
         jobs=jobs,

@@ -18,7 +18,7 @@ from reftune.output import terminal
 from reftune.output.targets import check_file_target, check_folder_target, result_with
 from reftune.runs.recipe_values import option, read_columns, read_flags, typed_fields
 
-_HELD_OUT, _TASKS, _BOTH = "Held-out rows", "Tasks", "Options"
+_HELD_OUT, _TASKS, _EFFECTS, _BOTH = "Held-out rows", "Tasks", "Side effects", "Options"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class EvalOptions:
     columns: str | None = option(None, _HELD_OUT, "Names of your columns: prompt=question,completion=answer.")
     split: str = option("train", _HELD_OUT, "Split of a Hub dataset.")
     generate: bool = option(True, _HELD_OUT, "Answer greedily and count exact matches.")
+    judge: str | None = option(
+        None, _HELD_OUT,
+        "Who accepts answers: a classifier's folder (FOLDER:CLASS), module:function or file.py:function.",
+    )  # fmt: skip
     task: str | None = option(
         None, _TASKS,
         "Accuracy on the paper's tasks: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa "
@@ -58,6 +62,22 @@ class EvalOptions:
         "default: trained where DIR says how that was, else paper.",
         "text",
     )  # fmt: skip
+    side_effects: bool = option(
+        False, _EFFECTS,
+        "Forgetting, KL divergence from the base, repetition and refusals on plain prompts, and nothing else.",
+    )  # fmt: skip
+    refusal_judge: str | None = option(
+        None, _EFFECTS, "Who says that an answer is a refusal, as for --judge; default: its first words."
+    )
+    refusal_file: str | None = option(
+        None,
+        _EFFECTS,
+        "Prompts (text or prompt) with the label harmless or harmful: the share of each refused.",
+        "file",
+    )
+    neutral_file: str | None = option(
+        None, _EFFECTS, "Plain prompts with plain answers; default: 40 that come with reftune.", "file"
+    )
     chat_template_kwargs: str | None = option(
         None, _BOTH, "Arguments of the chat template, as in enable_thinking=false; default: those of training."
     )
@@ -66,14 +86,18 @@ class EvalOptions:
     limit_rows: int | None = option(None, _BOTH, "Only the first so many rows (of each task).", "rows", least=1)
     batch_size: int = option(8, _BOTH, "Rows of one forward pass.", "rows", least=1)
     max_new_tokens: int | None = option(
-        None, _BOTH, "Longest answer; default: 128 for the exact match, the paper's for a task.", "tokens", least=1
+        None,
+        _BOTH,
+        "Longest answer; default: 128 for the exact match, 64 for side effects, the paper's for a task.",
+        "tokens",
+        least=1,
     )
     base: bool = option(True, _BOTH, "Score the base model beside it.")
     base_only: bool = option(False, _BOTH, "DIR is a base model (name or folder): score it alone, on tasks.")
     out: str | None = option(
         None, _BOTH,
-        "Write scores and answers: a JSON file with --test-file; with --task a folder of JSONL files, from which an "
-        "interrupted evaluation goes on.",
+        "Write scores and answers: a JSON file with --test-file or --side-effects; with --task a folder of JSONL "
+        "files, from which an interrupted evaluation goes on.",
         "path",
     )  # fmt: skip
 
@@ -87,29 +111,42 @@ def evaluate(
     ],
     **flags: Any,
 ) -> None:
-    """Held-out loss and exact match, or accuracy on tasks, of an adapter beside its base model."""
+    """Held-out loss and exact match, accuracy on tasks, or side effects, of an adapter beside its base model."""
     options, base_model = read_flags(EvalOptions, flags), read_flags(BaseModel, flags)
-    if (options.test_file is None) == (options.task is None):
-        raise ReftuneError("give one of --test-file (loss and exact match) and --task (accuracy)")
+    if [options.test_file is None, options.task is None, not options.side_effects].count(False) != 1:
+        raise ReftuneError(
+            "give one of --test-file (loss and exact match), --task (accuracy) and --side-effects (on plain prompts)"
+        )
+    if not options.side_effects and (options.refusal_file or options.neutral_file or options.refusal_judge):
+        raise ReftuneError("--refusal-file, --neutral-file and --refusal-judge belong to --side-effects: give that too")
+    if options.refusal_judge and not options.refusal_file:
+        raise ReftuneError("--refusal-judge judges answers to --refusal-file: give that too")
+    if options.judge and (options.test_file is None or not options.generate):
+        raise ReftuneError("--judge judges the answers to --test-file: give that, and leave --no-generate out")
     if options.task is not None:
         return _evaluate_tasks(folder, options.task, options, base_model)
-    assert options.test_file is not None
     if options.base_only:
-        raise ReftuneError(
-            "--base-only scores tasks: give --task; with --test-file the base stands beside the edited model"
-        )
+        raise ReftuneError("--base-only scores tasks: give --task; otherwise the base stands beside the edited model")
     if options.out is not None:
-        check_file_target(Path(options.out), "--out", [options.test_file], ours=result_with("test_file"))
+        files = [options.test_file, options.refusal_file, options.neutral_file]
+        key = "test_file" if options.test_file else "side_effects"
+        check_file_target(Path(options.out), "--out", files, ours=result_with(key))
     from reftune.inference.classifying import is_classifier
 
-    score = _score_classifier if is_classifier(folder) else _score_rows
-    table, record = score(folder, options.test_file, options, base_model)
+    if options.judge and is_classifier(folder):
+        raise ReftuneError("--judge judges written answers, and a classifier writes none")
+    if options.test_file is None:
+        table, record = _side_effects(folder, options, base_model)
+    else:
+        score = _score_classifier if is_classifier(folder) else _score_rows
+        table, record = score(folder, options.test_file, options, base_model)
+        record = {"test_file": options.test_file, **record}
     console = terminal.console()
     console.print(table)
     if options.out is not None:
         from reftune.cli.results import write_out
 
-        record = {"adapter": str(folder), "test_file": options.test_file, **record}
+        record = {"adapter": str(folder), **record}
         write_out(Path(options.out), json.dumps(record, indent=2, ensure_ascii=False) + "\n", console)
 
 
@@ -119,8 +156,10 @@ def _score_rows(
     """Loss and exact match: a table, and what the results file holds."""
     from reftune.data.formats import read_examples
     from reftune.evaluation.heldout import evaluate_rows
+    from reftune.evaluation.judging import accepted_share, load_judge
     from reftune.inference.loading import load_edited, recorded_run
 
+    judge = None if options.judge is None else load_judge(options.judge)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens or 128, batch_size=options.batch_size)
     rows = read_examples(
         test_file,
@@ -146,11 +185,46 @@ def _score_rows(
     if options.generate:
         table.add_row("exact match", *(f"{scores[name].exact_match:.1%}" for name in names))
         answers = {name: score.answers or [] for name, score in scores.items()}
+        if judge is not None:
+            shares = {name: accepted_share(judge, found) for name, found in answers.items()}
+            table.add_row("accepted by the judge", *(f"{share:.1%}" for share in shares.values()))
+            record["accepted"] = shares
         record["answers"] = [
             {"completion": row.completion, **{name: answers[name][index] for name in names}}
             for index, row in enumerate(rows)
         ]
     return table, record
+
+
+def _side_effects(folder: Path, options: EvalOptions, base_model: BaseModel) -> tuple[Table, dict[str, Any]]:
+    """What the edit does on plain prompts: a table, and what the results file holds."""
+    from reftune.evaluation.judging import load_judge
+    from reftune.evaluation.side_effects import SHOWN, AgainstBase, measure_side_effects, read_refusal_rows
+    from reftune.inference.loading import load_edited
+    from reftune.steering.contrasts import neutral_rows
+
+    neutral = neutral_rows(options.neutral_file)[: options.limit_rows]
+    refusals = [] if options.refusal_file is None else read_refusal_rows(options.refusal_file)
+    refuses = None if options.refusal_judge is None else load_judge(options.refusal_judge)
+    settings = GenerationSettings(max_new_tokens=options.max_new_tokens or 64, batch_size=options.batch_size)
+    edited = load_edited(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
+    rows: Any = edited.encoding.dataset(neutral).to_list()
+    with edited.model.disable_adapter():
+        against = AgainstBase(edited.model, rows, int(edited.tokenizer.pad_token_id), options.batch_size)  # type: ignore[arg-type]
+    found = {
+        name: measure_side_effects(
+            edited, against, neutral, settings, refusals=refusals, refuses=refuses, base=name == "base"
+        ).as_dict()
+        for name in (["base", "edited"] if options.base else ["edited"])
+    }
+    table = Table("", *found, title=f"Side effects on {len(neutral)} plain prompts", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    shown = {"neutral_loss": ("Neutral loss", "nats a token", "{:.4f}"), **SHOWN}
+    for name, (heading, unit, form) in shown.items():
+        if name in found["edited"]:
+            table.add_row(f"{heading} ({unit})", *(form.format(one[name]) for one in found.values()))
+    return table, {"side_effects": found, "rows": len(neutral), "refusal_rows": len(refusals)}
 
 
 def _score_classifier(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from reftune.data.formats import Example
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.evaluation.options import read_option_rows
+from reftune.evaluation.side_effects import read_refusal_rows, refusal_prompts
 from reftune.inference.loading import within_context
 from reftune.runs.completion import read_data
 from reftune.runs.recipe_values import told_at
 from reftune.runs.steps import encode_rows
+from reftune.steering.contrasts import neutral_rows
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,13 @@ def check_comparison(recipe: CompareRecipe) -> Checked:
         encode_rows(rows, recipe.shared, tokenizer)
     context = within_context(recipe.shared.encoding(tokenizer), skeleton)
     _check_room(recipe, held_out, context)
+    _check_side_effects(recipe, context)
     for method, seed in recipe.runs():
         if (own := prompt_encoding(method, context, train, seed)).before:
             judged_rows(method, held_out, recipe.shared, tokenizer, own)
             with told_at(method.name):
                 _check_room(recipe, held_out, own)
+                _check_side_effects(recipe, own)
     parameters: dict[str, int] = {}
     for method in recipe.methods:
         adapted = attach_method(method, copy.deepcopy(skeleton), tokenizer)
@@ -77,6 +81,14 @@ def _check_options(recipe: CompareRecipe) -> None:
     for row in rows:
         if row.answer is None:
             raise ReftuneError(f"{row.where}: field 'answer' is missing; accuracy needs the right option of every row.")
+
+
+def _check_side_effects(recipe: CompareRecipe, encoding: Encoding) -> None:
+    if recipe.side_effects:
+        neutral = neutral_rows(recipe.neutral_file)
+        encoding.dataset(neutral)
+        refusals = read_refusal_rows(recipe.refusal_file) if recipe.refusal_file else []
+        _check_room(replace(recipe, generate=-1), [*neutral, *refusal_prompts(refusals)], encoding)
 
 
 def _check_room(recipe: CompareRecipe, held_out: list[Example], encoding: Encoding) -> None:

@@ -52,15 +52,29 @@ def colour_of(summaries: Sequence[MethodSummary]) -> dict[str, str]:
 def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
     """Every picture for which there is something to draw."""
     trained = [item for item in summaries if item.method.trains]
-    if not trained:
-        return []
+    measured = [item for item in summaries if math.isfinite(item.kl)]
     colours = colour_of(summaries)
     base = [(_untrained_name(item), item.loss, colours[item.name]) for item in summaries if not item.method.trains]
 
     def pareto(axis: str, label: str, log: bool) -> Callable[[Axes], None]:
         return lambda axes: _pareto(axes, trained, colours, base, axis, label, log)
 
+    def beside(axes: Axes) -> None:
+        _pareto(axes, measured, colours, (), "kl", "KL from the base on neutral text (nats a token)", False)
+
     bars = "Points are means over seeds, bars the lowest and the highest seed; the line joins the frontier."
+    effect = (
+        _picture(
+            "loss-by-kl",
+            f"Effect and side effect: held-out loss against divergence from the base. {bars}",
+            beside,
+            len(measured),
+        )
+        if len(measured) > 1
+        else None
+    )
+    if not trained:
+        return [effect] if effect else []
     return [
         _picture(
             "loss-by-parameters", f"Held-out loss against trained parameters. {bars}",
@@ -78,6 +92,7 @@ def draw_pictures(summaries: Sequence[MethodSummary]) -> list[Picture]:
             "training-loss", "Training loss, smoothed, mean over seeds.",
             lambda axes: _training(axes, trained, colours), len(trained),
         ),
+        *([effect] if effect else []),
     ]  # fmt: skip
 
 

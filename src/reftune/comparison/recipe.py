@@ -16,6 +16,8 @@ from reftune.runs.recipe_values import also_known_as, check_names, merged, read_
 
 RECIPE_FILE = "comparison.yaml"
 JUDGED_BY = ("final", "best")
+FILES = ("options", "refusal_file", "neutral_file")
+"""Keys that name files beside those of the rows."""
 
 _OWN: Mapping[str, tuple[str, ...]] = {
     "methods": ("runs", "adapters"),
@@ -23,6 +25,9 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "generate": ("generation", "prompts"),
     "max_new_tokens": ("max_tokens",),
     "options": ("option_file", "options_file"),
+    "side_effects": (),
+    "refusal_file": ("refusals",),
+    "neutral_file": (),
     "reference": ("baseline",),
     "judge_by": (),
     "title": ("name",),
@@ -44,6 +49,9 @@ class CompareRecipe:
         generate: held-out rows to answer (0: none; -1: all), for exact match and answers side by side.
         max_new_tokens: length of an answer, in tokens.
         options: file of rows with options, for option accuracy.
+        side_effects: whether to measure them (see `evaluation.side_effects`).
+        refusal_file: prompts labelled harmless or harmful, for shares of refusals.
+        neutral_file: prompts with plain answers, for forgetting and divergence; those of the package where None.
         reference: the method that the others are tested against.
         judge_by: `final` (loss after the last epoch) or `best` (of the epochs).
         title: of the report.
@@ -56,6 +64,9 @@ class CompareRecipe:
     generate: int
     max_new_tokens: int
     options: str | None
+    side_effects: bool
+    refusal_file: str | None
+    neutral_file: str | None
     reference: str
     judge_by: str
     title: str
@@ -95,8 +106,9 @@ class CompareRecipe:
             if getattr(self.shared, name):
                 values[name] = self.shared.full_path(name)
         values["output"] = str(self.folder.resolve())
-        if self.options:
-            values["options"] = str(Path(self.options).expanduser().resolve())
+        for name in FILES:
+            if path := getattr(self, name):
+                values[name] = str(Path(path).expanduser().resolve())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -151,18 +163,24 @@ def _checked(values: dict[str, Any]) -> CompareRecipe:
     with told_at("methods"):
         methods = [read_method(str(name), entry, shared) for name, entry in entries.items()]
     _check_distinct_folders(methods)
-    judged, options = values.get("judge_by", "final"), values.get("options")
+    judged = values.get("judge_by", "final")
+    files = {name: None if values.get(name) is None else str(values[name]) for name in FILES}
+    side_effects = values.get("side_effects", False)
     if judged not in JUDGED_BY:
         raise ReftuneError(f"judge_by={judged!r}: choose {' or '.join(JUDGED_BY)}.")
-    if options is not None and not Path(str(options)).expanduser().is_file():
-        raise ReftuneError(f"options={options!r}: there is no such file.")
+    for name, path in files.items():
+        if path is not None and not Path(path).expanduser().is_file():
+            raise ReftuneError(f"{name}={path!r}: there is no such file.")
+    if not isinstance(side_effects, bool):
+        raise ReftuneError(f"side_effects={side_effects!r}: write true or false.")
     return CompareRecipe(
         shared=recipe,
         methods=tuple(methods),
         seeds=_seeds(values.get("seeds", [0])),
         generate=_generate(values.get("generate")),
         max_new_tokens=read_number("max_new_tokens", values.get("max_new_tokens", 64), whole=True, least=1),
-        options=None if options is None else str(options),
+        side_effects=side_effects or files["refusal_file"] is not None or files["neutral_file"] is not None,
+        **files,
         reference=_reference(values.get("reference"), methods),
         judge_by=judged,
         title=str(values.get("title") or "Comparison of methods"),

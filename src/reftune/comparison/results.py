@@ -47,6 +47,7 @@ class RunResult:
         option_accuracy: share of the option rows answered right (`acc`); None without options.
         options_right: right or wrong by norm (`acc`: the highest sum of log-likelihoods; `acc_norm`: a byte), row by
             row; empty without options.
+        side_effects: figures of `evaluation.side_effects`; empty where they were not measured.
         trainable_parameters: their number.
         train_seconds: of training, evaluation excluded.
         epoch_seconds: the same by epoch.
@@ -77,6 +78,7 @@ class RunResult:
     answers: list[str]
     option_accuracy: float | None
     options_right: dict[str, list[bool]]
+    side_effects: dict[str, float]
     trainable_parameters: int
     train_seconds: float
     epoch_seconds: list[float]
@@ -113,6 +115,7 @@ def read_result(folder: Path) -> RunResult | None:
         return None
     if values.pop("format", None) != RESULT_FORMAT:
         return None
+    values.setdefault("side_effects", {})  # written before there were any
     if set(values) != {item.name for item in fields(RunResult)}:
         return None
     try:
@@ -159,15 +162,18 @@ def fingerprint(recipe: CompareRecipe, method: Method, seed: int, data: str) -> 
         "seed": seed,
         "data": data,
         "generate": [recipe.generate, recipe.max_new_tokens] if recipe.generate else 0,
-        "options": _file_digest(recipe.options),
+        "options": _file_digest("options", recipe.options),
     }
+    if recipe.side_effects:
+        files = [_file_digest(name, getattr(recipe, name)) for name in ("refusal_file", "neutral_file")]
+        decides["side effects"] = [*files, recipe.max_new_tokens]
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _file_digest(name: str | None) -> str | None:
+def _file_digest(key: str, name: str | None) -> str | None:
     if name is None:
         return None
     try:
         return hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
     except OSError as error:
-        raise ReftuneError(f"options={name!r}: {error.strerror}.") from None
+        raise ReftuneError(f"{key}={name!r}: {error.strerror}.") from None

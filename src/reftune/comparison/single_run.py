@@ -6,7 +6,8 @@ import hashlib
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -28,12 +29,14 @@ from reftune.data.tokenising import Encoding
 from reftune.evaluation.heldout import exact_match
 from reftune.evaluation.options import Norm, evaluate_options, read_option_rows
 from reftune.evaluation.row_losses import RowLosses, row_losses
+from reftune.evaluation.side_effects import AgainstBase, measure_side_effects, read_refusal_rows
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
 from reftune.runs.completion import read_data
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.runs.steps import encode_rows, load_base, training_arguments
+from reftune.steering.contrasts import neutral_rows
 from reftune.training.prefix.store import PrefixStore
 from reftune.training.trainer import ReftTrainer
 
@@ -112,6 +115,7 @@ def execute(
     edited = _as_edited(adapted.model, tokenizer, encoding)
     answers = _answers(edited, held_out, recipe, method, tell)
     right = _options_right(edited, recipe, settings.batch_size, tell)
+    effects = _side_effects(edited, adapted, context, recipe, settings, method, tell)
     matches = [exact_match(answer, row.completion) for answer, row in zip(answers, held_out, strict=False)]
     result = RunResult(
         method=method.name,
@@ -130,6 +134,7 @@ def execute(
         answers=answers,
         option_accuracy=sum(right["acc"]) / len(right["acc"]) if right else None,
         options_right=right,
+        side_effects=effects,
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
         train_seconds=float(sum(report["epoch_seconds"])),
         epoch_seconds=[float(seconds) for seconds in report["epoch_seconds"]],
@@ -240,12 +245,36 @@ def _answers(
     if not asked:
         return []
     tell({"doing": "answering"})
+    with _writing(recipe, method) as settings:
+        return [answer.text for answer in generate_answers(edited, asked, settings)]
+
+
+@contextmanager
+def _writing(recipe: CompareRecipe, method: Method) -> Iterator[GenerationSettings]:
     # PEFT drops position ids beside virtual tokens, so padding would stand between those and the prompt: one at a time.
     batch_size = 1 if method.kind in ("prefix", "prompt") else method.train.batch_size
-    settings = GenerationSettings(max_new_tokens=recipe.max_new_tokens, batch_size=batch_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Position ids are not supported")
-        return [answer.text for answer in generate_answers(edited, asked, settings)]
+        yield GenerationSettings(max_new_tokens=recipe.max_new_tokens, batch_size=batch_size)
+
+
+def _side_effects(
+    edited: EditedModel, adapted: Adapted, plain: Encoding, recipe: CompareRecipe, settings: TrainRecipe,
+    method: Method, tell: Progress,
+) -> dict[str, float]:  # fmt: skip
+    if not recipe.side_effects:
+        return {}
+    tell({"doing": "measuring side effects"})
+    neutral = neutral_rows(recipe.neutral_file)
+    rows: Any = plain.dataset(neutral).to_list()
+    with ExitStack() as switched_off:
+        for model in adapted.adapters.values():
+            switched_off.enter_context(model.disable_adapter())
+        base = load_base(settings)[0] if method.kind == "full" else adapted.model
+        against = AgainstBase(base, rows, int(plain.tokenizer.pad_token_id), settings.batch_size)  # type: ignore[arg-type]
+    refusals = read_refusal_rows(recipe.refusal_file) if recipe.refusal_file else []
+    with _writing(recipe, method) as writing:
+        return measure_side_effects(edited, against, neutral, writing, refusals=refusals).as_dict()
 
 
 def _options_right(

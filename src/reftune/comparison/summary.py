@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,13 +31,14 @@ class MethodSummary:
         difference: loss less the reference's, paired by rows; None for the reference itself.
         exact_match: mean share; None where nothing was generated.
         options: mean accuracy by norm (`acc`, `acc_norm`); empty without options.
+        side_effects: figures of `evaluation.side_effects`, mean over seeds; empty where they were not measured.
         options_interval: of `acc`, 95%, over option rows.
         parameters: trainable ones.
         seconds: of training, mean.
         epoch_seconds: of one epoch, mean.
         memory: peak bytes, the largest of the seeds; None where it could not be told.
         adapter_bytes: on disk.
-        frontier: which of `parameters` and `seconds` no other method beats at a lower loss.
+        frontier: which of `parameters`, `seconds` and `kl` no other method beats at a lower loss.
     """
 
     method: Method
@@ -49,6 +51,7 @@ class MethodSummary:
     exact_match: float | None
     options: dict[str, float]
     options_interval: Interval | None
+    side_effects: dict[str, float]
     parameters: int
     seconds: float
     epoch_seconds: float
@@ -60,6 +63,11 @@ class MethodSummary:
     def name(self) -> str:
         """As the recipe calls it."""
         return self.method.name
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence from the base on neutral text, in nats a token; infinite where it was not measured."""
+        return self.side_effects.get("kl", math.inf)
 
     @property
     def seeds(self) -> list[int]:
@@ -90,8 +98,10 @@ def summarise(comparison: Comparison) -> list[MethodSummary]:
         if theirs is not None and method.name != recipe.reference:
             difference = paired_test(_row_shares(results, recipe.judge_by), theirs)
         found.append(_summary(method, results, recipe.judge_by, difference))
+    trained = [item for item in found if item.method.trains]
     on = {
-        axis: _frontier(found, lambda item, axis=axis: float(getattr(item, axis))) for axis in ("parameters", "seconds")
+        axis: _frontier(items, lambda item, axis=axis: float(getattr(item, axis)))
+        for axis, items in {"parameters": trained, "seconds": trained, "kl": found}.items()
     }
     return [
         replace(item, frontier=frozenset(axis for axis, names in on.items() if item.name in names)) for item in found
@@ -124,6 +134,9 @@ def _summary(
         difference=difference,
         exact_match=_average(matches) if matches else None,
         options={norm: float(values.mean()) for norm, values in right.items()},
+        side_effects={
+            name: _average([result.side_effects[name] for result in results]) for name in results[0].side_effects
+        },
         options_interval=bootstrap_interval(right["acc"]) if right else None,
         parameters=results[0].trainable_parameters,
         seconds=_average([result.train_seconds for result in results]),
@@ -142,11 +155,10 @@ def _row_shares(results: Sequence[RunResult], judge_by: str) -> np.ndarray:
 
 def _frontier(summaries: list[MethodSummary], cost: Callable[[MethodSummary], float]) -> set[str]:
     """Methods that no other one beats in both: as cheap or cheaper at a lower loss."""
-    trained = [item for item in summaries if item.method.trains]
     return {
         item.name
-        for item in trained
-        if not any(cost(other) <= cost(item) and other.loss < item.loss for other in trained if other is not item)
+        for item in summaries
+        if not any(cost(other) <= cost(item) and other.loss < item.loss for other in summaries if other is not item)
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.summary import SIGNIFICANT, MethodSummary
+from reftune.evaluation.side_effects import SHOWN
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ def result_columns(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) ->
                 for item in summaries
             ]
             columns.append(Column("Options right", unit, [_share(item.options.get(norm)) for item in summaries], notes))
+    for name, (heading, unit, form) in SHOWN.items():
+        if any(name in item.side_effects for item in summaries):
+            cells = [form.format(item.side_effects[name]) if name in item.side_effects else "–" for item in summaries]
+            columns.append(_plain(heading, unit, [cell.replace("-", "\N{MINUS SIGN}") for cell in cells]))
     columns += [
         _plain("Parameters", "trained", [f"{item.parameters:,}" for item in summaries]),
         Column(
@@ -155,6 +160,7 @@ def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[
         "test) speak of other rows from the same source, not of other seeds.",
         "Learning rates are as the recipe sets them: a method whose rate was not searched may do better with another.",
         *_prompt_lines(recipe),
+        *_side_effect_lines(recipe),
         "Seconds are of training alone; loading, evaluation and saving are not counted. What prefix reuse spares is in "
         "them, and its first computation too.",
     ]
@@ -170,6 +176,21 @@ def _prompt_lines(recipe: CompareRecipe) -> list[str]:
         "every row, others for each seed. Nothing is trained; the loss is of the same tokens as every method's.",
     }
     return [line for kind, line in lines.items() if kind in kinds]
+
+
+def _side_effect_lines(recipe: CompareRecipe) -> list[str]:
+    if not recipe.side_effects:
+        return []
+    return [
+        f"Side effects on {recipe.neutral_file or 'plain questions and answers that come with reftune'}: forgetting "
+        "is the rise of these answers' loss against the base, KL the mean divergence from the base at their tokens; "
+        "repetition is the mean share of an answer's runs of four tokens that stood in it before, in greedy answers to "
+        f"the same prompts{_refusal_words(recipe)}.",
+    ]
+
+
+def _refusal_words(recipe: CompareRecipe) -> str:
+    return "" if recipe.refusal_file is None else f"; refusals are answers to {recipe.refusal_file} that begin like one"
 
 
 def _accumulated(recipe: CompareRecipe) -> str:

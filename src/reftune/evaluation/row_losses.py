@@ -73,7 +73,7 @@ def row_losses(
                 found = None if every_logit else forward(model, inputs)
             except SupervisedLogitsError:  # prompt tuning puts tokens before the row
                 found, every_logit = None, True
-            losses, counts = _by_row(found if found is not None else _whole(model, inputs), len(indices))
+            losses, counts = _by_row(found if found is not None else whole_logits(model, inputs), len(indices))
             for index, loss, count in zip(indices, losses.tolist(), counts.tolist(), strict=True):
                 sums[index], tokens[index] = float(loss), int(count)
     finally:
@@ -81,8 +81,8 @@ def row_losses(
     return RowLosses(tuple(sums), tuple(tokens))
 
 
-def _whole(model: Any, inputs: Mapping[str, Any]) -> SupervisedLogits:
-    """The same from every logit."""
+def whole_logits(model: Any, inputs: Mapping[str, Any]) -> SupervisedLogits:
+    """What `supervised_forward` gives, from every logit: for models that it does not take."""
     following = shifted(inputs["labels"])
     outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
     logits = outputs.logits[:, -following.shape[1] :]  # virtual tokens stand before the row

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reftune import models
 from reftune.adapter.checkpoint import WEIGHTS_FILE, read_adapter_config
@@ -27,8 +27,11 @@ from reftune.data.glue import GLUE
 from reftune.data.tokenising import encode_dataset
 from reftune.errors import ReftuneError
 from reftune.inference.loading import adapter_folder, recorded_run, set_scale
+from reftune.output.json_files import read_json_object
 from reftune.training.prompt_ends import with_prompt_ends
 
+_NO_LIMIT = 10_000_000
+"""Tokenizers without a limit state an enormous one."""
 _HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight", "logits_proj.weight")
 
 
@@ -37,7 +40,7 @@ class EditedClassifier:
     """A base model with edits and a trained head, and how texts become its input.
 
     Attributes:
-        model: the PEFT model, in evaluation mode.
+        model: the PEFT model, in evaluation mode (a plain one of `load_plain_classifier`).
         tokenizer: the one saved beside the adapter, else the base model's.
         scheme: its classes.
         max_length: tokens of a text, or of a pair; longer ones lose their end.
@@ -46,7 +49,7 @@ class EditedClassifier:
         folder: where the adapter came from; None for one that was just trained.
     """
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     scheme: LabelScheme
     max_length: int | None = None
@@ -126,6 +129,29 @@ def load_classifier(
     return EditedClassifier(
         edited, tokenizer, scheme, recorded.get("max_length"), recorded.get("glue"), recorded.get("metric"), folder
     )
+
+
+def load_plain_classifier(folder: str | Path) -> EditedClassifier:
+    """Load a text classification model that transformers saved, without an adapter.
+
+    Raises:
+        ReftuneError: the folder is no such model.
+    """
+    folder = Path(folder)
+    config = read_json_object(folder / "config.json")
+    kinds = config.get("architectures") or []
+    if not any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
+        said = ", ".join(map(str, kinds)) or "nothing"
+        raise ReftuneError(f"{folder / 'config.json'}: the model is for {said}, not for sequence classification.")
+    new: list[str] = []
+    model, tokenizer = models.load(str(folder), task="seq_cls", new_weights=new)
+    if new:
+        raise ReftuneError(f"{folder} does not hold all weights of a classifier: {', '.join(new[:3])}.")
+    described: Any = model.config
+    regression = described.problem_type == "regression" or described.num_labels == 1
+    names = () if regression else tuple(str(described.id2label[number]) for number in range(described.num_labels))
+    limit = int(tokenizer.model_max_length) if tokenizer.model_max_length < _NO_LIMIT else None
+    return EditedClassifier(model, tokenizer, LabelScheme(names), limit)
 
 
 def describe_labels(model: Any, scheme: LabelScheme) -> None:

@@ -87,6 +87,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     told.append(("KL from the base", f"{found['kl, nats a token']:.3f} nats a token{asked}"))
     if (behind := found["kl behind the gate, nats a token"]) is not None:
         told.append(("KL behind the gate", f"{behind:.3f} nats a token (all else is measured with the gate open)"))
+    if "accepted, base" in found:
+        before_share, after_share = found["accepted, base"], found["accepted, steered"]
+        count = found["judged answers"]
+        told.append(("accepted by the judge", f"{before_share:.1%} to {after_share:.1%} of {count} greedy answers"))
     neutral = found["neutral loss, base"], found["neutral loss, steered"]
     return [*told, ("loss on neutral text", f"{neutral[0]:.3f} to {neutral[1]:.3f} nats a token")]
 

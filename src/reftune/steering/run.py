@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from reftune.data.tokenising import Encoded, Encoding
 from reftune.engine.position_grammar import parse_positions
 from reftune.engine.sites import Site, find_sites
 from reftune.errors import ReftuneError
+from reftune.evaluation.judging import Judge, accepted_share, load_judge
 from reftune.evaluation.row_losses import row_losses
+from reftune.evaluation.side_effects import AgainstBase
 from reftune.inference.generation import generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.inference.settings import GenerationSettings
@@ -38,7 +41,7 @@ from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edi
 from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
 from reftune.steering.states import mean_states, token_states
-from reftune.steering.strength import AgainstBase, edit_of, steered, strength_for
+from reftune.steering.strength import edit_of, steered, strength_for
 from reftune.steering.vectors import holds_vectors, read_vectors, write_vectors
 
 RESULT_FILE = "steer.json"
@@ -111,6 +114,7 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     when = None if settings.when is None else read_when(settings.when, settings.when_label)
     # What cannot be used is told before a model is loaded; answers to be written need one.
     vectors = read_vectors(source) if str(source).lower().endswith(".gguf") else None
+    judge = None if settings.judge is None else load_judge(settings.judge)
     contrasts = None if vectors or settings.positive_prompt is not None else _read(source, settings)
     transformers.set_seed(settings.seed)
     model, tokenizer = models.load(settings.model, settings.dtype, settings.device)
@@ -130,12 +134,16 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
         progress.add_task("Measuring", total=None)
         result = _measure(base, found, neutral, settings, gates)
         result["gates"] = told
+        if judge is not None:
+            with _adapter(base, found.directions, gates, result["strength"], settings) as peft:
+                result |= _judged(base, peft, found.prompts or neutral, judge, settings)
     strength = result["strength"]
     if settings.gguf:
         added = {int(site.layer or 0): strength * d.vector for site, d in found.directions.items()}
         write_vectors(settings.gguf, added, str(model.config.model_type))
     with only_writer(output):
-        _save(base, found.directions, gates, strength, settings, output)
+        with _adapter(base, found.directions, gates, strength, settings) as peft:
+            save_adapter(peft, output)
         draw(result, output / PICTURE_FILE)
         write_text(output / CARD_FILE, card(result, settings.model))
         write_text(output / RESULT_FILE, json.dumps(result, indent=2) + "\n")
@@ -326,6 +334,7 @@ class _Found:
         strength: at which they were best.
         said: where they come from.
         held: held-out rows by side, whose likelihood is to be measured; empty where there are none.
+        prompts: of the held-out rows of the positive side; empty where these are whole texts.
         facts: what else goes into the result.
     """
 
@@ -333,6 +342,7 @@ class _Found:
     strength: float
     said: str
     held: dict[str, list[Encoded]] = field(default_factory=dict)
+    prompts: list[Example] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=lambda: {"rows": {}, "by layer": [], "tried": []})
 
 
@@ -348,7 +358,8 @@ def _search(
     one, other = sides.held_out()
     held = {"positive": one, "negative": other} if contrasts.answers else {}
     facts = {"rows": rows, "by layer": told, "tried": tried}
-    return _Found({site: directions[site] for site in chosen}, strength, contrasts.said, held, facts)
+    prompts = [row for index in sides.splits[0][1] if isinstance(row := contrasts.positive[index], Example)]
+    return _Found({site: directions[site] for site in chosen}, strength, contrasts.said, held, prompts, facts)
 
 
 def _measure(
@@ -406,15 +417,11 @@ def _method(settings: SteerSettings) -> str:
     return "gated" if settings.when else "consreft" if settings.remove else "lobireft"
 
 
-def _save(
-    base: _Base,
-    directions: dict[Site, Direction],
-    gates: dict[Site, Gate],
-    strength: float,
-    settings: SteerSettings,
-    output: Path,
-) -> None:
-    """Write the adapter's two files."""
+@contextmanager
+def _adapter(
+    base: _Base, directions: dict[Site, Direction], gates: dict[Site, Gate], strength: float, settings: SteerSettings
+) -> Iterator[Any]:
+    """The PEFT model with the edits of these directions, for the length of a ``with`` block."""
     config = ReftConfig(
         method=_method(settings),
         r=settings.rank,
@@ -430,5 +437,19 @@ def _save(
     for site, direction in directions.items():
         own = edit_of(direction, strength, settings.remove)
         edits[site.block_path].load_state_dict((gated_edit(own, gates[site]) if gates else own).state_dict())
-    save_adapter(peft, output)
-    peft.unload()
+    try:
+        yield peft.eval()
+    finally:
+        peft.unload()
+
+
+def _judged(
+    base: _Base, peft: Any, prompts: Sequence[Example], judge: Judge, settings: SteerSettings
+) -> dict[str, Any]:
+    """The shares of greedy answers that a judge accepts, without the edit and with it."""
+    greedy = GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
+    edited, shares = EditedModel(peft, base.tokenizer, base.encoding), {}
+    for name in ("base", "steered"):
+        answers = generate_answers(edited, prompts, greedy, base=name == "base")
+        shares[f"accepted, {name}"] = accepted_share(judge, [answer.text for answer in answers])
+    return {**shares, "judged answers": len(prompts)}

@@ -54,8 +54,15 @@ class SteerSettings:
     kl: float | None = option(
         None, "Strength", "Find the strength with this mean KL divergence from the base.", "nats a token"
     )
+    judge: str | None = option(
+        None, "Judge",
+        "Who accepts answers: a classifier's folder (FOLDER:CLASS), module:function or file.py:function. The share of "
+        "greedy answers accepted is told, without the edit and with it.",
+    )  # fmt: skip
     batch_size: int = option(8, "Running", "Rows of one forward pass.", "rows", least=1)
-    max_new_tokens: int = option(48, "Running", "Longest answer under an instruction, in tokens.", "tokens", least=1)
+    max_new_tokens: int = option(
+        48, "Running", "Longest answer under an instruction or for a judge, in tokens.", "tokens", least=1
+    )
     seed: int = option(42, "Running", "Seed of the held-out rows.", least=0)
 
     def __post_init__(self) -> None:

@@ -1,26 +1,20 @@
-"""An edit of a direction and a strength, how far it moves a model, and the strength that moves it so far."""
+"""An edit of a direction and a strength, and the strength that moves a model so far."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from reftune.data.collating import CompletionCollator
-from reftune.data.tokenising import Encoded
 from reftune.edits import ConsreftEdit, LobireftEdit, RotatedEdit
 from reftune.engine.attach import attach
 from reftune.engine.sites import Site
 from reftune.errors import ReftuneError
 from reftune.steering.directions import Direction
 from reftune.steering.gates import Gate, gated_edit
-from reftune.training.prompt_ends import with_prompt_ends
-from reftune.training.supervised_logits import SupervisedLogits, supervised_forward
 
 _MOST_STEPS = 40
 _TOLERANCE = 0.002
@@ -54,54 +48,6 @@ def steered(
     edits = {site: (gated_edit(edit, gates[site]) if gates else edit).to(device) for site, edit in edits.items()}
     with attach(model, edits=edits, positions=positions, name="steering"):
         yield
-
-
-class AgainstBase:
-    """What an edit does to answers of the base: KL(base | edited) and their loss, each a mean over tokens, in nats.
-
-    The base's logits are computed once, where the object is made, and kept in the model's dtype.
-
-    Args:
-        model: without edits yet.
-        rows: tokenised prompts with answers.
-        pad_token_id: fills short rows.
-        batch_size: rows of one forward.
-    """
-
-    def __init__(self, model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: int):
-        collate, device = CompletionCollator(pad_token_id), next(model.parameters()).device
-        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-        self.model = model
-        self._batches: list[dict[str, Any]] = []
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size])
-            self._batches.append({name: value.to(device) for name, value in batch.items()})
-        self._base = [self._forward(batch) for batch in self._batches]
-        self.base_loss = self._mean(_losses(base) for base in self._base)
-
-    @torch.no_grad()
-    def _forward(self, batch: dict[str, Any]) -> SupervisedLogits:
-        found = supervised_forward(self.model, with_prompt_ends(self.model, batch))
-        return replace(found, outputs=None)
-
-    def _mean(self, sums: Iterable[float]) -> float:
-        return sum(sums) / sum(base.targets.numel() for base in self._base)
-
-    def __call__(self) -> tuple[float, float]:
-        """The divergence and the loss of the model as it is now."""
-        now = [self._forward(batch) for batch in self._batches]
-        apart = (
-            functional.kl_div(
-                one.logits[0].float().log_softmax(-1), base.logits[0].float().log_softmax(-1),
-                log_target=True, reduction="sum",
-            ).item()
-            for one, base in zip(now, self._base, strict=True)
-        )  # fmt: skip
-        return self._mean(apart), self._mean(_losses(one) for one in now)
-
-
-def _losses(found: SupervisedLogits) -> float:
-    return functional.cross_entropy(found.logits[0].float(), found.targets[0], reduction="sum").item()
 
 
 def strength_for(wanted: float, divergence: Callable[[float], float], start: float = 1.0) -> float:
