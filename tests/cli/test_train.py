@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from safetensors.torch import load_file
 
@@ -90,3 +92,51 @@ def test_progress_is_told_on_standard_error(tiny: Path, rows: Path, cli, tmp_pat
     assert result.exit_code == 0, result.output
     assert "step 6/6" in result.stderr and "tokens/s" in result.stderr and "eval loss" in result.stderr
     assert "tokens/s" not in result.stdout
+
+
+@pytest.mark.parametrize("objective", ["reps", "reft-r1"])
+def test_pairs_train_an_adapter_that_prefers_the_positive_answers(
+    cli: Any, tiny: Path, tmp_path: Path, objective: str
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"say {n},arr matey,it is {n}" for n in range(8)]
+    pairs.write_text("\n".join(["prompt,good,bad", *lines]) + "\n")
+    out = tmp_path / "out"
+    flags = [
+        "train", "--train-file", pairs, "--columns", "positive=good,negative=bad", "--model", tiny, "--objective",
+        objective, "--method", "lobireft", "--rank", 1, "--layers", 1, "--positions", "all", "--epochs", 3, "--lr",
+        0.05, "--eval-fraction", 0.25, "--output", out, "--no-tensorboard", "--device", "cpu",
+    ]  # fmt: skip
+    result = cli(*flags)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["eval_loss"] > 0 and metrics["train_rows"] == 6
+    assert yaml.safe_load((out / "run.yaml").read_text())["objective"] == objective
+    changed = cli(*flags, "--resume", "--objective", "completion", "--columns", "completion=good")
+    assert changed.exit_code == 2 and "objective=" in changed.stderr
+    assert cli("generate", out, "--prompt", "say 3", "--max-new-tokens", 4, "--device", "cpu").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--objective", "reps"], "positive"),
+        (["--objective", "reps", "--train-file", "demo"], "positive"),
+        (["--objective", "reps", "--gradient-checkpointing"], "gradient_checkpointing"),
+        (["--objective", "reps", "--task", "classification"], "task='classification'"),
+        (["--objective", "reps", "--factors", "1,-2"], "above 0"),
+        (["--factors", "2"], "objective='reps' alone"),
+        (["--objective", "reft-r1", "--layers", "1"], "one vector"),
+        (["--objective", "reft-r1", "--method", "lobireft", "--rank", "1"], "one vector"),
+        (["--objective", "dpo"], "objective"),
+    ],
+    ids=str,
+)
+def test_an_objective_that_cannot_be_is_one_error(
+    cli: Any, tiny: Path, rows: Path, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    result = cli(
+        "train", "--train-file", rows, "--model", tiny, "--output", tmp_path / "out", "--device", "cpu", *flags
+    )
+    assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
 from reftune.evaluation.side_effects import AgainstBase
 from reftune.steering.directions import Direction
-from reftune.steering.strength import edit_of, steered, strength_for
+from reftune.steering.strength import Steered, calibrated, edit_of, steered, strength_for
+from reftune.training.prefix.switch import PrefixSwitch
 from tests.tiny_models import CAUSAL
 
 WIDTH = 32
@@ -31,7 +32,7 @@ def test_the_edit_adds_the_vector_times_the_strength_and_removal_projects_it_out
 
 
 def test_divergence_and_loss_are_those_of_plain_forwards() -> None:
-    model = CAUSAL["llama"]().double()
+    model = CAUSAL["llama"]().double().requires_grad_(False)
     site = find_sites(model, "block_output", [1])[0]
     draw = torch.Generator().manual_seed(1)
     rows = []
@@ -70,6 +71,11 @@ def test_divergence_and_loss_are_those_of_plain_forwards() -> None:
     assert kl > 1e-3
     assert loss == pytest.approx(float(nll) / tokens, rel=1e-5)
     assert against()[0] == pytest.approx(0, abs=1e-9)  # and the model is the base again
+    with steered(model, {site: found}, "l1+generated") as on:  # what the edit leaves alone computed once: the same
+        once = AgainstBase(model, rows, 0, 2, on.at(0.0))  # type: ignore[arg-type]
+        assert once(forward=on.at(0.7)) == pytest.approx((kl, loss), rel=1e-6)
+        assert once.base_loss == pytest.approx(against.base_loss, rel=1e-9)
+        assert on.prefixes.status == "on"
 
 
 @pytest.mark.parametrize("start", [1.0, -1.0, 50.0, 1e-3])
@@ -85,3 +91,21 @@ def test_the_strength_for_a_divergence(curve, start: float) -> None:
 def test_a_divergence_out_of_reach_is_told() -> None:
     with pytest.raises(ReftuneError, match="no strength gives"):
         strength_for(5.0, lambda s: 3 * (1 - np.exp(-s * s)))
+
+
+def test_a_calibrated_strength_is_checked_on_rows_that_did_not_find_it() -> None:
+    class Half(AgainstBase):
+        def __init__(self, slope: float, tokens: int):
+            self.slope, self.tokens = slope, tokens
+
+        def __call__(self, forward):
+            return self.slope * forward() ** 2, 0.0
+
+    class On(Steered):
+        def at(self, strength: float):
+            return lambda: strength
+
+    on = On([], PrefixSwitch("off", None, []))
+    strength, other = calibrated([Half(0.8, 30), Half(1.25, 10)], on, 0.3, -1.0)
+    assert other == pytest.approx([0.3 * 0.8 / 1.25, 0.3 * 1.25 / 0.8], rel=0.01)
+    assert strength == pytest.approx(-np.sqrt(0.3 / (0.75 * 0.8 + 0.25 * 1.25)), rel=0.005)

@@ -49,7 +49,7 @@ def test_what_is_no_control_vector(tmp_path: Path) -> None:
         ({"direction.3": np.zeros(8, np.float32)}, "zero or not finite"),
         ({"direction.3": np.full(8, np.nan, np.float32)}, "zero or not finite"),
         ({"direction.3": np.ones((2, 4), np.float32)}, "no direction"),
-        ({"direction.0": np.ones(8, np.float32)}, "no direction"),
+        ({"direction.00": np.ones(8, np.float32)}, "no direction"),
         ({"direction.3": np.ones(8, np.int32)}, "no direction"),
     ):
         write_raw(path, "controlvector", tensors)

@@ -20,7 +20,7 @@ def steer(
         typer.Argument(
             metavar="PAIRS",
             help="Rows with positive and negative answers to a prompt; or prompts (with two instructions); or texts "
-            "with labels; or prompts with completions ('demo': the bundled pirate); or a control vector (.gguf).",
+            "with labels; or prompts with completions ('demo': the bundled pirate); or a control vector (.gguf, .pt).",
         ),
     ],
     **flags: Any,

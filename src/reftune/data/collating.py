@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reftune.data.tokenising import IGNORED
+from reftune.data.tokenising import IGNORED, REJECTED
 from reftune.errors import ReftuneError
+
+_OF_A_ROW = ("input_ids", "labels", "prompt_length")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class CompletionCollator:
 
     A batch has `input_ids`, `attention_mask` and `labels`, each Int[Tensor, "batch position"], and
     `prompt_lengths`, Int[Tensor, "batch"]: the number of attended prompt tokens of each row, whatever the padding side.
+    Of pairs (`Encoding.pairs`) the negative answers' rows come after all positive ones, in the same order.
     For classification, `labels` is "batch" (int64, or float32 for regression) and `token_type_ids` is padded along.
 
     Args:
@@ -38,6 +41,8 @@ class CompletionCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch; raises ReftuneError where a row has no tokens or no known prompt end."""
+        if REJECTED + "input_ids" in rows[0]:
+            rows = [*rows, *({name: row[REJECTED + name] for name in _OF_A_ROW} for row in rows)]
         ids = [list(row["input_ids"]) for row in rows]
         longest = max(map(len, ids))
         multiple = self.pad_to_multiple_of or 1

@@ -31,6 +31,7 @@ __all__ = [
     "Shape",
     "examples_of",
     "labelled_of",
+    "pairs_of",
     "read_examples",
     "read_labelled",
     "read_prompts",
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 class Example:
     """The context (system, history and the user's turn) and the assistant's turn to learn; `where` is for messages.
 
-    `tools` are what the row offers to call, `more` what the learnt turn has beside its text (see `Message`).
+    `tools` are what the row offers to call, `more` what the learnt turn has beside its text (see `Message`), `rejected`
+    the worse answer of a pair.
     """
 
     messages: tuple[Message, ...]
@@ -51,6 +53,7 @@ class Example:
     where: str = ""
     tools: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), hash=False)
     more: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    rejected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,32 @@ def examples_of(
             f"{rows[0].source}: every assistant's turn is left out of what is learnt, so nothing is left"
         )
     return examples
+
+
+def pairs_of(rows: Sequence[RawRow], *, columns: Mapping[str, str] | None = None) -> list[Example]:
+    """Rows that have been read, with a `prompt`, a `positive` answer and a `negative` one (each example's `rejected`).
+
+    Args:
+        rows: as `reading.read_rows` gives them.
+        columns: from a field to the column that holds it.
+
+    Raises:
+        ReftuneError: naming file, row and field; a pair of equal answers too.
+    """
+    columns = dict(columns or {})
+    sides = [columns.pop(side, side) for side in ("positive", "negative")]
+    for field in (columns.get("prompt", "prompt"), *sides):
+        if field not in rows[0].values:
+            present = ", ".join(map(str, rows[0].values))
+            raise ReftuneError(
+                f"{rows[0].source}: a pair needs prompt, positive and negative, and there is no column {field!r} among "
+                f"{present}. Name your columns: --columns positive=...,negative=..."
+            )
+    better, worse = (examples_of(rows, columns={**columns, "completion": side}) for side in sides)
+    for one, other in zip(better, worse, strict=True):
+        if one.completion.strip() == other.completion.strip():
+            raise ReftuneError(f"{one.where}: positive and negative are the same text; a pair has to differ.")
+    return [replace(one, rejected=other.completion) for one, other in zip(better, worse, strict=True)]
 
 
 def read_prompts(

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypedDict, cast
 
@@ -18,6 +18,9 @@ from reftune.output import terminal
 
 IGNORED = -100
 """The label of a token that is not learnt."""
+
+REJECTED = "rejected_"
+"""What the columns of a pair's negative answer begin with."""
 
 _CHUNK = 512
 
@@ -185,6 +188,12 @@ class Encoding:
         for what, count in sorted(cut.items()):
             logger.warning("%s of %s rows: %s (limit %s tokens)", count, len(rows), what, self.limit)
         return datasets.Dataset.from_dict(columns)
+
+    def pairs(self, rows: Sequence[Example], *, progress: bool = False) -> datasets.Dataset:
+        """Rows with a second, worse answer: the columns of `dataset`, and of that answer behind `REJECTED`."""
+        others = self.dataset([replace(row, completion=row.rejected or "", more={}) for row in rows], progress=progress)
+        others = others.rename_columns({name: REJECTED + name for name in others.column_names})
+        return datasets.concatenate_datasets([self.dataset(rows, progress=progress), others], axis=1)
 
     def generation_prompt(self, prompt: Any, *, room: int = 0) -> list[int]:
         """Token ids to generate from, cut from the left like training prompts so that `room` new tokens fit."""

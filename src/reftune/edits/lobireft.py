@@ -1,6 +1,7 @@
 """LobiReFT."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +23,9 @@ class LobireftEdit(RotatedEdit):
     """
 
     tensors = ("bias",)
+    nulls = False
+    """Take the vector's direction out of h instead of adding it, where h points along it: h - R^T (s a(s R h)), with a
+    the ReLU and s the signs of b. Source: arXiv 2505.20809, which trains with it."""
 
     def check_options(self) -> None:
         """Refuse what this method cannot do."""
@@ -45,6 +49,10 @@ class LobireftEdit(RotatedEdit):
 
     def coordinates(self, h: Float[Tensor, "*rows width"]) -> tuple[Float[Tensor, "*rows r"], Float[Tensor, "r width"]]:
         """Along R: b for every row."""
+        if self.nulls:
+            R = self.current_rotation(h.dtype)
+            signs = torch.where(self.bias < 0, -1, 1).to(h.dtype)
+            return -signs * F.relu(signs * F.linear(h, R)), R
         return self.bias.to(h.dtype).expand(*h.shape[:-1], self.r), self.current_rotation(h.dtype)
 
     def factors(self, dtype: torch.dtype) -> Factors:

@@ -28,6 +28,7 @@ from reftune.errors import ReftuneError
 from reftune.evaluation.row_losses import whole_logits
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import EditedModel
+from reftune.training.objectives import Forward
 from reftune.training.prompt_ends import with_prompt_ends
 from reftune.training.supervised_logits import SupervisedLogits, SupervisedLogitsError, supervised_forward
 
@@ -51,16 +52,24 @@ class AgainstBase:
         rows: tokenised prompts with answers.
         pad_token_id: fills short rows.
         batch_size: rows of one forward.
+        forward: of the base.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Encoded], pad_token_id: int, batch_size: int):
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        pad_token_id: int,
+        batch_size: int,
+        forward: Forward = supervised_forward,
+    ):
         self.model = model
         self._collate, self._batch_size = CompletionCollator(pad_token_id), batch_size
         self._order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
         self._batches = self._batched(rows)
-        self._base = [_forward(model, batch) for batch in self._batches]
-        self._tokens = sum(base.targets.numel() for base in self._base)
-        self.base_loss = sum(map(_loss, self._base)) / self._tokens
+        self._base = [_forward(model, batch, forward) for batch in self._batches]
+        self.tokens = sum(base.targets.numel() for base in self._base)
+        self.base_loss = sum(map(_loss, self._base)) / self.tokens
 
     def _batched(self, rows: Sequence[Encoded]) -> list[dict[str, Any]]:
         device = next(self.model.parameters()).device
@@ -70,19 +79,22 @@ class AgainstBase:
             found.append({name: value.to(device) for name, value in batch.items()})
         return found
 
-    def __call__(self, model: Any = None, rows: Sequence[Encoded] | None = None) -> tuple[float, float]:
+    def __call__(
+        self, model: Any = None, rows: Sequence[Encoded] | None = None, forward: Forward = supervised_forward
+    ) -> tuple[float, float]:
         """The divergence and the loss of the model as it is now.
 
         Args:
             model: another one than the base was.
             rows: the same answers behind other prompts.
+            forward: runs the model.
 
         Raises:
             ReftuneError: these answers have other tokens.
         """
         apart = loss = 0.0
         for batch, base in zip(self._batches if rows is None else self._batched(rows), self._base, strict=True):
-            now = _forward(self.model if model is None else model, batch)
+            now = _forward(self.model if model is None else model, batch, forward)
             if not torch.equal(now.targets, base.targets):
                 raise ReftuneError("Neutral answers have other tokens behind these prompts: they cannot be compared.")
             apart += functional.kl_div(
@@ -90,17 +102,20 @@ class AgainstBase:
                 log_target=True, reduction="sum",
             ).item()  # fmt: skip
             loss += _loss(now)
-        return apart / self._tokens, loss / self._tokens
+        return apart / self.tokens, loss / self.tokens
 
 
 @torch.no_grad()
-def _forward(model: Any, batch: dict[str, Any]) -> SupervisedLogits:
+def _forward(model: Any, batch: dict[str, Any], forward: Forward) -> SupervisedLogits:
     inputs = with_prompt_ends(model, batch)
     try:
-        found = supervised_forward(model, inputs)
+        found = forward(model, inputs)
     except SupervisedLogitsError:  # prompt tuning puts tokens before the row
         found = whole_logits(model, inputs)
-    return replace(found, outputs=None)
+    order = torch.argsort(found.rows, stable=True)  # prefix reuse runs rows in an order of its own
+    return replace(
+        found, outputs=None, rows=found.rows[order], logits=found.logits[:, order], targets=found.targets[:, order]
+    )
 
 
 def _loss(found: SupervisedLogits) -> float:

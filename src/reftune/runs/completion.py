@@ -10,7 +10,8 @@ from peft import get_peft_model
 from rich.console import Console
 
 from reftune.adapter.starting import start_from
-from reftune.data.formats import Example, read_examples
+from reftune.data.formats import Example, examples_of, pairs_of
+from reftune.data.reading import read_rows
 from reftune.data.splitting import split_rows
 from reftune.runs.fingerprint import base_digest
 from reftune.runs.output_folder import check_output
@@ -33,13 +34,14 @@ def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
 
 def read_data(recipe: TrainRecipe) -> tuple[list[Example], list[Example]]:
     """The training rows and the held-out rows (none where the recipe asks for none)."""
+    columns = recipe.columns if isinstance(recipe.columns, dict) else None
 
     def read(source: str) -> list[Example]:
-        columns = recipe.columns if isinstance(recipe.columns, dict) else None
-        if source == DEMO_DATA and not Path(source).exists():
-            with resources.as_file(resources.files("reftune.data") / "demo_persona.jsonl") as file:
-                return read_examples(file, limit=recipe.limit_rows)
-        return read_examples(source, columns=columns, split=recipe.split, limit=recipe.limit_rows)
+        is_demo = source == DEMO_DATA and not Path(source).exists()
+        with resources.as_file(resources.files("reftune.data") / "demo_persona.jsonl") as demo:
+            rows = read_rows(demo if is_demo else source, split=recipe.split)[: recipe.limit_rows]
+        own = None if is_demo else columns
+        return examples_of(rows, columns=own) if recipe.objective == "completion" else pairs_of(rows, columns=own)
 
     rows = read(recipe.train_file)
     held_out = read(recipe.eval_file) if recipe.eval_file else None

@@ -30,6 +30,7 @@ from reftune.runs.recipe_values import (
     no_type_check,
     read_chat_template_kwargs,
     read_columns,
+    read_factors,
     read_labels,
     read_layers,
     read_yaml,
@@ -163,6 +164,18 @@ class TrainRecipe:
     parametrization: Literal["cholesky", "householder"] = _option(
         "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
     )
+    objective: Literal["completion", "reps", "reft-r1"] = _option(
+        "completion",
+        "Training",
+        "What is minimised: the answer's loss; or on pairs (columns positive, negative) a preference between the two "
+        "answers (reps), or the loss of both under a direction that detects itself (reft-r1).",
+    )
+    factors: str | float | list[float] | None = _option(
+        None,
+        "Training",
+        "reps: strengths of the edit in training, 2,4,6; each step draws one; default: 1.",
+        "strengths",
+    )
     epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
     batch_size: int = _option(8, "Training", "Rows of one forward pass.", "rows", ("per_device_train_batch_size",))
     gradient_accumulation: int = _option(
@@ -225,8 +238,10 @@ class TrainRecipe:
         object.__setattr__(self, "columns", read_columns(self.columns))
         object.__setattr__(self, "labels", read_labels(self.labels))
         object.__setattr__(self, "chat_template_kwargs", read_chat_template_kwargs(self.chat_template_kwargs))
+        object.__setattr__(self, "factors", read_factors(self.factors))
         self._check_task()
         self._check_users()
+        self._check_objective()
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -302,6 +317,24 @@ class TrainRecipe:
         if self.metric and numbers is not None and numbers != (self.metric in ("pearson", "spearman")):
             of = "a number" if numbers else "classes"
             raise ReftuneError(f"metric={self.metric!r} does not measure {of}; leave it out, or name one that does.")
+
+    def _check_objective(self) -> None:
+        """Refuse what an objective on pairs cannot be combined with."""
+        name = f"objective={self.objective!r}"
+        if self.factors is not None and self.objective != "reps":
+            raise ReftuneError(f"factors={self.factors} has a meaning for objective='reps' alone: leave it out.")
+        if self.objective == "completion":
+            return
+        if self.task == "classification":
+            raise ReftuneError(f"{name} has no meaning for task='classification': leave it out.")
+        if self.gradient_checkpointing:
+            raise ReftuneError(f"{name} is not possible with gradient_checkpointing: leave one of the two out.")
+        if self.objective == "reft-r1":
+            several = self.layers == "all" or isinstance(self.layers, list)
+            if self.method != "lobireft" or self.rank != 1 or several:
+                raise ReftuneError(f"{name} trains one vector: set method: lobireft, rank: 1, and a single layer.")
+            if self.prefix_reuse == "on":
+                raise ReftuneError(f"prefix_reuse='on' is not possible with {name}: use 'auto' or 'off'.")
 
     def adapter_config(self, head: Sequence[str] = ()) -> ReftConfig:
         """The adapter as PEFT takes it; `head`: a classifier's modules that are trained and saved whole."""

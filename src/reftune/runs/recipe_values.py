@@ -196,6 +196,24 @@ def read_layers(value: Any) -> int | list[int] | Literal["all"]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def read_factors(value: Any) -> list[float] | None:
+    """`"2,4"`, `2` or `[2, 4]`.
+
+    Raises:
+        ReftuneError: anything else, or a number that is not above 0.
+    """
+    if value is None:
+        return None
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    try:
+        numbers = [float(str(part).strip()) for part in parts]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number <= 1e6 for number in numbers):
+        raise ReftuneError(f"factors={value!r}: write numbers above 0, as in 2,4,6.")
+    return numbers
+
+
 def read_columns(value: Any) -> dict[str, str] | None:
     """`"prompt=question,completion=answer"` or a mapping.
 

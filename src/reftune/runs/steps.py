@@ -75,7 +75,10 @@ def encode_rows(rows: Sequence[Any], recipe: TrainRecipe, tokenizer: Any, label_
     """Rows as the trainer takes them, in order; None where there are none."""
     if not rows:
         return None
-    return recipe.encoding(tokenizer).dataset(rows, label_names=label_names, progress=len(rows) > 2000)
+    encoding, progress = recipe.encoding(tokenizer), len(rows) > 2000
+    if recipe.objective != "completion":
+        return encoding.pairs(rows, progress=progress)
+    return encoding.dataset(rows, label_names=label_names, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,8 @@ def training_arguments(
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
         prefix_reuse=recipe.prefix_reuse,
+        objective=recipe.objective,
+        factors=recipe.factors or [1.0],
         seed=recipe.seed,
         logging_steps=recipe.log_every or max(1, round(steps / 100)),
         save_strategy="epoch",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reftune.data.formats import Example, LabelledText, examples_of, labelled_of, read_examples, read_prompts
+from reftune.data.formats import Example, LabelledText, examples_of, labelled_of, pairs_of, read_examples, read_prompts
 from reftune.data.persona import load_demo, load_neutral
 from reftune.data.reading import RawRow, Source, read_rows
 from reftune.errors import ReftuneError
@@ -98,14 +98,13 @@ def read_contrasts(
 
 
 def _pairs(rows: Sequence[RawRow], columns: dict[str, str]) -> Contrasts:
-    rest = {field: column for field, column in columns.items() if field not in ("positive", "negative")}
-    sides: list[list[Row]] = []
-    for side in ("positive", "negative"):
-        column = columns.get(side, side)
-        if rest.get("prompt", "prompt") in rows[0].values:
-            sides.append(list(examples_of(rows, columns={**rest, "completion": column})))
-        else:
-            sides.append([LabelledText(_filled(row, column), 0, where=row.where) for row in rows])
+    if columns.get("prompt", "prompt") in rows[0].values:
+        pairs = pairs_of(rows, columns=columns)
+        return Contrasts([*pairs], [replace(pair, completion=pair.rejected or "") for pair in pairs], True, "pairs")
+    sides: list[list[Row]] = [
+        [LabelledText(_filled(row, columns.get(side, side)), 0, where=row.where) for row in rows]
+        for side in ("positive", "negative")
+    ]
     for one, other in zip(*sides, strict=True):
         if _text(one).strip() == _text(other).strip():
             raise ReftuneError(f"{one.where}: positive and negative are the same text; a pair has to differ.")

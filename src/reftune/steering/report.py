@@ -83,7 +83,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{gate['neutral tokens']:.0%} of neutral tokens, in {gate['neutral prompts']:.0%} of neutral prompts",
             )
         )
-    asked = "" if settings["kl"] is None else f" (asked: {settings['kl']:g}; measured on other rows)"
+    asked = "" if settings["kl"] is None else f" (asked: {settings['kl']:g}; {_crossed(found)})"
     told.append(("KL from the base", f"{found['kl, nats a token']:.3f} nats a token{asked}"))
     if (behind := found["kl behind the gate, nats a token"]) is not None:
         told.append(("KL behind the gate", f"{behind:.3f} nats a token (all else is measured with the gate open)"))
@@ -93,6 +93,11 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         told.append(("accepted by the judge", f"{before_share:.1%} to {after_share:.1%} of {count} greedy answers"))
     neutral = found["neutral loss, base"], found["neutral loss, steered"]
     return [*told, ("loss on neutral text", f"{neutral[0]:.3f} to {neutral[1]:.3f} nats a token")]
+
+
+def _crossed(found: dict[str, Any]) -> str:
+    halves = ", ".join(f"{kl:.3f}" for kl in found["kl of each half at the other's strength"])
+    return f"each half of the neutral rows at the strength found on the other: {halves}"
 
 
 def warnings(found: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
 from rich.progress import Progress
@@ -21,7 +23,7 @@ from rich.progress import Progress
 from reftune import models
 from reftune.adapter.config import ReftConfig
 from reftune.data.formats import Example
-from reftune.data.tokenising import Encoded, Encoding
+from reftune.data.tokenising import REJECTED, Encoded, Encoding
 from reftune.engine.position_grammar import parse_positions
 from reftune.engine.sites import Site, find_sites
 from reftune.errors import ReftuneError
@@ -41,8 +43,12 @@ from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edi
 from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
 from reftune.steering.states import mean_states, token_states
-from reftune.steering.strength import edit_of, steered, strength_for
-from reftune.steering.vectors import holds_vectors, read_vectors, write_vectors
+from reftune.steering.strength import calibrated, divergence, edit_of, steered
+from reftune.steering.vectors import ANY_LAYER, holds_vectors, may_hold_vectors, read_vectors, write_vectors
+from reftune.training.arguments import ReftTrainingArguments
+from reftune.training.objectives import Forward
+from reftune.training.supervised_logits import supervised_forward
+from reftune.training.trainer import ReftTrainer
 
 RESULT_FILE = "steer.json"
 _CANDIDATES = 4
@@ -89,8 +95,8 @@ class _Base:
             for row in rows
         ]  # fmt: skip
 
-    def loss(self, rows: Sequence[Encoded]) -> float:
-        return row_losses(self.model, rows, self.pad, self.batch_size).per_token
+    def loss(self, rows: Sequence[Encoded], forward: Forward = supervised_forward) -> float:
+        return row_losses(self.model, rows, self.pad, self.batch_size, forward).per_token
 
 
 def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
@@ -113,11 +119,16 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     neutral = neutral_rows(settings.neutral_file)
     when = None if settings.when is None else read_when(settings.when, settings.when_label)
     # What cannot be used is told before a model is loaded; answers to be written need one.
-    vectors = read_vectors(source) if str(source).lower().endswith(".gguf") else None
+    vectors = read_vectors(source) if may_hold_vectors(source) else None
+    if vectors and ANY_LAYER in vectors and settings.layers == "auto":
+        raise ReftuneError(f"{source} does not say which layer it is for: name it, --layers 8.")
+    if vectors and settings.train is not None:
+        raise ReftuneError(f"train={settings.train!r} needs pairs of answers, and {source} is a control vector.")
     judge = None if settings.judge is None else load_judge(settings.judge)
     contrasts = None if vectors or settings.positive_prompt is not None else _read(source, settings)
     transformers.set_seed(settings.seed)
     model, tokenizer = models.load(settings.model, settings.dtype, settings.device)
+    model.requires_grad_(False)  # or nothing below an edit would count as constant
     base = _Base(
         model, tokenizer, within_context(Encoding(tokenizer, on_long_prompt="truncate"), model), settings.batch_size
     )
@@ -154,7 +165,7 @@ def _as_directions(vectors: dict[int, Any], sites: Sequence[Site], source: str) 
     """The vectors of a file at sites of a model."""
     found = {}
     for site in sites:
-        vector = vectors.get(site.layer if site.layer is not None else -1)
+        vector = vectors.get(-1 if site.layer is None else site.layer, vectors.get(ANY_LAYER))
         if vector is None:
             raise ReftuneError(f"{source} has no vector for layer {site.layer}; it has {', '.join(map(str, vectors))}.")
         if len(vector) != site.width:
@@ -176,6 +187,10 @@ def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Co
         instructions=instructions,
         write=None if base is None else lambda prompts, text: _written(base, prompts, text, settings),
     )
+    if settings.train is not None and not (contrasts.paired and contrasts.answers):
+        raise ReftuneError(
+            f"train={settings.train!r} needs pairs: a prompt, and a positive and a negative answer to it."
+        )
     fewest = min(len(contrasts.positive), len(contrasts.negative))
     if fewest < _FEWEST:
         raise ReftuneError(f"There are {fewest} rows of a side; at least {_FEWEST} are needed, as some are held out.")
@@ -268,17 +283,16 @@ def _choose(
     task = progress.add_task("Trying layers and strengths", total=len(groups))
     for group in groups:
         last = math.inf
-        for strength in strengths:
-            with steered(
-                base.model, {site: directions[site] for site in group}, settings.positions, strength, settings.remove
-            ):
-                loss = base.loss(wanted)
-            if loss < min((one["loss"] for one in tried), default=math.inf):
-                taken = group, strength
-            tried.append({"layer": float(group[0].layer or 0), "strength": strength, "loss": loss})
-            if loss > last:
-                break  # stronger is worse from here on
-            last = loss
+        some = {site: directions[site] for site in group}
+        with steered(base.model, some, settings.positions, remove=settings.remove) as on:
+            for strength in strengths:
+                loss = base.loss(wanted, on.at(strength))
+                if loss < min((one["loss"] for one in tried), default=math.inf):
+                    taken = group, strength
+                tried.append({"layer": float(group[0].layer or 0), "strength": strength, "loss": loss})
+                if loss > last:
+                    break  # stronger is worse from here on
+                last = loss
         progress.advance(task)
     return *taken, tried
 
@@ -357,33 +371,66 @@ def _search(
     rows = {"positive": len(both[0]), "negative": len(both[1]), "held out": len(sides.splits[0][1])}
     one, other = sides.held_out()
     held = {"positive": one, "negative": other} if contrasts.answers else {}
+    if settings.train is not None:
+        progress.add_task(f"Training ({settings.train})", total=None)
+        directions = _trained(base, {site: directions[site] for site in chosen}, sides, settings)
+        strength = settings.scale or 1.0
     facts = {"rows": rows, "by layer": told, "tried": tried}
     prompts = [row for index in sides.splits[0][1] if isinstance(row := contrasts.positive[index], Example)]
     return _Found({site: directions[site] for site in chosen}, strength, contrasts.said, held, prompts, facts)
+
+
+def _trained(
+    base: _Base, directions: dict[Site, Direction], sides: _Sides, settings: SteerSettings
+) -> dict[Site, Direction]:
+    """The directions after training on the pairs; at strength 1 they are as strong as they were learnt."""
+    positive, negative = sides.rows
+    rows = [{**positive[i], **{REJECTED + name: of for name, of in negative[i].items()}} for i in sides.splits[0][0]]
+    with _adapter(base, directions, {}, 1.0, settings, inference_mode=False) as peft:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = ReftTrainer(
+                model=peft,
+                args=ReftTrainingArguments(
+                    folder, objective=str(settings.train), num_train_epochs=settings.epochs, learning_rate=settings.lr,
+                    per_device_train_batch_size=settings.batch_size, seed=settings.seed, save_strategy="no",
+                    report_to="none", disable_tqdm=True, use_cpu=base.model.device.type == "cpu",
+                ),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=base.tokenizer,
+            )  # fmt: skip
+            trainer.train()
+        edits = peft.base_model.engine.edits("default")
+        found = {}
+        for site in directions:
+            edit = edits[site.block_path].eval()
+            rotation, bias = (tensor.detach().double().cpu().numpy() for tensor in (edit.rotation, edit.bias))
+            found[site] = Direction(np.where(bias < 0, -1.0, 1.0)[:, None] * rotation, np.abs(bias))
+    return found
 
 
 def _measure(
     base: _Base, found: _Found, neutral: Sequence[Example], settings: SteerSettings, gates: dict[Site, Gate]
 ) -> dict[str, Any]:
     """What the edit does, its gates open, and what it does behind them: the result as it is written."""
-    rows, strength = base.rows(neutral), found.strength
-    if settings.kl is not None:
-        some = AgainstBase(base.model, rows[::2], base.pad, base.batch_size)
-
-        def divergence(value: float) -> float:
-            with steered(base.model, found.directions, settings.positions, value):
-                return some()[0]
-
-        strength = strength_for(settings.kl, divergence, strength)
-    others = AgainstBase(base.model, rows[1::2] or rows, base.pad, base.batch_size)
-    before = {side: base.loss(rows) for side, rows in found.held.items()}
-    with steered(base.model, found.directions, settings.positions, strength, settings.remove):
-        kl, neutral_loss = others()
-        after = {side: base.loss(rows) for side, rows in found.held.items()}
+    rows, strength, halves_kl = base.rows(neutral), found.strength, []
+    with steered(base.model, found.directions, settings.positions, remove=settings.remove) as on:
+        halves = [
+            AgainstBase(base.model, half, base.pad, base.batch_size, on.at(0.0))
+            for half in (rows[::2], rows[1::2])
+            if half
+        ]
+        if settings.kl is not None:
+            strength, halves_kl = calibrated(halves, on, settings.kl, strength)
+        kl, neutral_loss = divergence(halves, on.at(strength))
+        after = {side: base.loss(rows, on.at(strength)) for side, rows in found.held.items()}
+        before = {side: base.loss(rows, on.at(0.0)) for side, rows in found.held.items()}
     behind = None
     if gates:
-        with steered(base.model, found.directions, settings.positions, strength, settings.remove, gates):
-            behind = others()[0]
+        with steered(base.model, found.directions, settings.positions, strength, settings.remove, gates) as on:
+            behind = divergence(halves, on.at(strength))[0]
+    if halves_kl:
+        kl = sum(half.tokens * own for half, own in zip(halves, halves_kl, strict=True)) / sum(h.tokens for h in halves)
+    neutral_base = sum(half.tokens * half.base_loss for half in halves) / sum(half.tokens for half in halves)
     return {
         "from": found.said,
         "method": _method(settings),
@@ -392,7 +439,8 @@ def _measure(
         "held-out loss, base": before, "held-out loss, steered": after,
         "log-likelihood ratio, nats a token": _ratio(before, after),
         "kl, nats a token": kl, "kl behind the gate, nats a token": behind,
-        "neutral loss, base": others.base_loss, "neutral loss, steered": neutral_loss,
+        "kl of each half at the other's strength": halves_kl,
+        "neutral loss, base": neutral_base, "neutral loss, steered": neutral_loss,
         **found.facts, "settings": asdict(settings),
     }  # fmt: skip
 
@@ -419,18 +467,23 @@ def _method(settings: SteerSettings) -> str:
 
 @contextmanager
 def _adapter(
-    base: _Base, directions: dict[Site, Direction], gates: dict[Site, Gate], strength: float, settings: SteerSettings
+    base: _Base,
+    directions: dict[Site, Direction],
+    gates: dict[Site, Gate],
+    strength: float,
+    settings: SteerSettings,
+    inference_mode: bool = True,
 ) -> Iterator[Any]:
     """The PEFT model with the edits of these directions, for the length of a ``with`` block."""
     config = ReftConfig(
-        method=_method(settings),
+        method="gated" if gates else "consreft" if settings.remove else "lobireft",
         r=settings.rank,
         layers_to_transform=[int(site.layer or 0) for site in directions],
         positions=settings.positions,
         init="paper",
         task_type="CAUSAL_LM",
         base_model_name_or_path=settings.model,
-        inference_mode=True,
+        inference_mode=inference_mode,
     )
     peft: Any = get_peft_model(base.model, config)
     edits = peft.base_model.engine.edits("default")

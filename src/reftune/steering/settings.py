@@ -42,6 +42,9 @@ class SteerSettings:
     dtype: str | None = option(None, "Model", "Data type; default: bfloat16 on CUDA, else float32.")
     device: str | None = option(None, "Model", "cpu, cuda, ...; default: the best there is.")
     estimator: Literal["mean", "pca", "probe"] = option("mean", "Adapter", "How the direction is found.")
+    train: Literal["reps", "reft-r1"] | None = option(
+        None, "Adapter", "Train the direction on the pairs, from the one found: as --objective of `reftune train`."
+    )
     layers: str | int | list[int] = option(
         "auto", "Adapter", "Layers to edit: 8, 3,9,18 or all; auto: the one that works best.", "layer numbers"
     )
@@ -59,6 +62,8 @@ class SteerSettings:
         "Who accepts answers: a classifier's folder (FOLDER:CLASS), module:function or file.py:function. The share of "
         "greedy answers accepted is told, without the edit and with it.",
     )  # fmt: skip
+    epochs: float = option(3.0, "Running", "With --train: passes over the pairs.", "epochs")
+    lr: float = option(4e-3, "Running", "With --train: peak learning rate.", "per step")
     batch_size: int = option(8, "Running", "Rows of one forward pass.", "rows", least=1)
     max_new_tokens: int = option(
         48, "Running", "Longest answer under an instruction or for a judge, in tokens.", "tokens", least=1
@@ -83,6 +88,13 @@ class SteerSettings:
             raise ReftuneError(f"kl={self.kl}: must be above 0 and at most 100 nats a token.")
         if self.remove and (self.kl is not None or self.scale is not None):
             raise ReftuneError("remove: what is taken out has no strength; leave --scale and --kl out.")
+        for name, most in (("epochs", 1_000_000), ("lr", 100)):
+            if not 0 < getattr(self, name) <= most:
+                raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0 and at most {most:,}.")
+        if self.train is not None and self.remove:
+            raise ReftuneError(f"train={self.train!r}: a direction that is taken out is not trained; leave one out.")
+        if self.train == "reft-r1" and (self.rank > 1 or self.layers == "all" or isinstance(self.layers, list)):
+            raise ReftuneError("train='reft-r1' trains one vector: leave --rank out, and name a single layer or none.")
         if self.remove and self.gguf:
             raise ReftuneError("remove: a control vector adds and takes nothing out; leave --gguf out.")
         if self.when is not None and self.gguf:

@@ -1,6 +1,7 @@
-"""Control vectors of llama.cpp and repeng: GGUF files with a vector `direction.N` for the output of each block N > 0.
+"""Control vectors of llama.cpp, repeng and EasySteer: GGUF files with a vector `direction.N` for the output of block N.
 
-Source: llama.cpp, `common_control_vector_load`; repeng, `ControlVector.export_gguf`.
+llama.cpp and repeng have none for block 0. EasySteer keeps a vector by itself in a PyTorch file too. Source: llama.cpp,
+`common_control_vector_load`; repeng, `ControlVector.export_gguf`; EasySteer's vector specifications.
 """
 
 from __future__ import annotations
@@ -11,26 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from reftune.errors import ReftuneError
 from reftune.output.files import replaced
 from reftune.output.targets import refuse_dangling
 
-_NAME = re.compile(r"direction\.([1-9]\d{0,4})")
+_NAME = re.compile(r"direction\.(0|[1-9]\d{0,4})")
+_TENSORS = (".pt", ".pth")
+ANY_LAYER = -1
+"""The key of a vector that its file gives no block."""
 _KIND = "controlvector"
 
 
 def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
-    """The vectors of a file, by the number of the block.
+    """The vectors of a file, by the number of the block (`ANY_LAYER` where a PyTorch file holds one vector alone).
 
     Raises:
-        ReftuneError: no such file, or one that holds no control vector.
+        ReftuneError: no such file, one that holds no control vector, or a pickle, which could run code.
     """
-    gguf, path = _gguf(), Path(path).expanduser()
+    path = Path(path).expanduser()
     if not path.is_file():
         refuse_dangling(path)
         raise ReftuneError(f"{path}: there is no such file.")
+    if path.suffix.lower() in _TENSORS:
+        return _read_tensor(path)
+    gguf = _gguf()
     try:
         reader = gguf.GGUFReader(str(path))
         found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
@@ -51,6 +59,27 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
     if not vectors:
         raise ReftuneError(f"{path} holds no direction.")
     return dict(sorted(vectors.items()))
+
+
+def may_hold_vectors(source: Any) -> bool:
+    """Whether what is to be steered is a file of vectors, by its name."""
+    return str(source).lower().endswith((".gguf", *_TENSORS))
+
+
+def _read_tensor(path: Path) -> dict[int, Float[np.ndarray, " width"]]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a pickle or damaged bytes lead it to
+        raise ReftuneError(
+            f"{path} holds more than tensors, and reading it could run code: save the vector alone as a tensor, or "
+            "export it as GGUF."
+        ) from error
+    vectors = found if isinstance(found, dict) else {ANY_LAYER: found}
+    for layer, vector in vectors.items():
+        fits = isinstance(layer, int) and isinstance(vector, torch.Tensor) and vector.is_floating_point()
+        if not fits or vector.squeeze().ndim != 1 or not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
+            raise ReftuneError(f"{path}: one vector, or one by the number of its layer, was expected; not {layer!r}.")
+    return {layer: vector.squeeze().float().numpy() for layer, vector in sorted(vectors.items())}
 
 
 def holds_vectors(path: Path) -> bool:

@@ -1,10 +1,10 @@
 """Training: transformers' Trainer for edits.
 
 Open `trainer.py` and `arguments.py` for the trainer, `loss.py` and `supervised_logits.py` for logits only where
-something is learned, `prompt_ends.py` for where prompts end in a batch, `checkpoints.py` and `interrupts.py` for
-resuming, `sharding.py` for several processes, `sampling.py`, `throughput.py`, `progress.py`, `plots.py` for what
-their names say, and the room `prefix` for what is computed once. It must not import `runs`, `inference` or what is
-built on them.
+something is learned, `objectives.py` for preferences between two answers, `prompt_ends.py` for where prompts end in a
+batch, `checkpoints.py` and `interrupts.py` for resuming, `sharding.py` for several processes, `sampling.py`,
+`throughput.py`, `progress.py`, `plots.py` for what their names say, and the room `prefix` for what is computed once. It
+must not import `runs`, `inference` or what is built on them.
 """
 
 from reftune.training.arguments import ReftTrainingArguments

@@ -10,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
 
+OBJECTIVES = ("completion", "reps", "reft-r1")
+
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +71,19 @@ class ReftTrainingArguments(TrainingArguments):
     supervised_logits_only: bool = field(
         default=True,
         metadata={"help": "Compute logits only where the next token is supervised: the same loss, less work."},
+    )
+
+    objective: str = field(
+        default="completion",
+        metadata={
+            "help": "What is minimised: 'completion' (the answer's loss), or on pairs of answers 'reps' or 'reft-r1' "
+            "(see reftune.training.objectives).",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    factors: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "For 'reps': the strengths of the edit, of which each training step draws one."},
     )
 
     prefix_reuse: str = field(

@@ -19,9 +19,10 @@ def check_row_lengths(model: nn.Module, rows: Any) -> None:
     limit = position_table(model)
     if limit is None or "input_ids" not in (getattr(rows, "column_names", None) or ()) or not hasattr(rows, "__len__"):
         return
-    for number, ids in enumerate(rows["input_ids"], start=1):
-        if len(ids) > limit:
-            raise ReftuneError(
-                f"row {number} has {len(ids)} tokens, and the model has positions for {limit}: set max_length={limit} "
-                "or lower"
-            )
+    for column in [name for name in rows.column_names if name.endswith("input_ids")]:
+        for number, ids in enumerate(rows[column], start=1):
+            if len(ids) > limit:
+                raise ReftuneError(
+                    f"row {number} has {len(ids)} tokens, and the model has positions for {limit}: set "
+                    f"max_length={limit} or lower"
+                )

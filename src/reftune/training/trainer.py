@@ -18,9 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, has_length, rotate_checkpoints
 
 from reftune.data.collating import CompletionCollator
+from reftune.data.tokenising import REJECTED
 from reftune.engine.transformers_names import checkpointing_settings
 from reftune.errors import ReftuneError
-from reftune.training.arguments import ReftTrainingArguments
+from reftune.training.arguments import OBJECTIVES, ReftTrainingArguments
 from reftune.training.checkpoints import (
     RUN_STATE_NAME,
     UNFINISHED,
@@ -33,6 +34,7 @@ from reftune.training.checkpoints import (
 )
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.loss import IGNORED_LABEL, completion_loss
+from reftune.training.objectives import ReftR1, reps
 from reftune.training.prefix.store import PrefixStore
 from reftune.training.prefix.switch import PrefixSwitch
 from reftune.training.progress import ProgressBarCallback
@@ -108,6 +110,7 @@ class ReftTrainer(Trainer):
         for rows in (self.train_dataset, *evaluated):
             check_row_lengths(self.model, rows)
         self.prefixes = self._prefix_switch(prefix_store)
+        self._r1 = self._begin_objective()
         for callback in (_TrainBegins(self), self.throughput, self._interrupts):
             self.add_callback(callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -127,6 +130,12 @@ class ReftTrainer(Trainer):
     ) -> Any:
         """The loss of one batch, in training and evaluation alike (see `completion_loss` and `supervised_forward`)."""
         inputs = with_prompt_ends(model, inputs)
+        objective = getattr(self.args, "objective", "completion")
+        if objective == "reps" or (objective == "reft-r1" and model.training):
+            loss, outputs = self._pair_loss(model, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+        if objective == "reft-r1":  # in evaluation, the positive answers' loss under the edit as it is saved
+            inputs = {name: value[: len(value) // 2] for name, value in inputs.items()}
         if not model.training:  # a batch's own mean, which Trainer weighs by its rows, on any number of processes
             num_items_in_batch = None
         if not self._uses_supervised_logits(model, inputs):
@@ -141,6 +150,48 @@ class ReftTrainer(Trainer):
             # Gradients are averaged over processes, though the sum was divided by the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, found.outputs) if return_outputs else loss
+
+    def _pair_loss(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> tuple[Tensor, Any]:
+        if not self._uses_supervised_logits(model, inputs):
+            raise ReftuneError(
+                f"objective={self.args.objective!r} needs logits at supervised positions, which this model or its "
+                f"settings do not give ({self._plain_reasons.get(id(plain_model(model))) or 'asked for'})."
+            )
+        if self._r1 is not None:
+            return self._r1(model, inputs, items, self.state.global_step / max(self.state.max_steps, 1))
+        losses, outputs = reps(model, inputs, self.prefixes.forward, self.args.factors)
+        return losses.sum() / (items if model.training and items is not None else len(losses)), outputs
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Trainer's; of pairs, of which each counts once however long, their number."""
+        if getattr(self.args, "objective", "completion") == "reps":
+            return sum(len(batch["labels"]) // 2 for batch in batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _begin_objective(self) -> ReftR1 | None:
+        """Refuse what an objective on pairs cannot be trained with.
+
+        Raises:
+            ReftuneError: rows that are no pairs, several processes, or checkpointed activations.
+        """
+        objective = getattr(self.args, "objective", "completion")
+        if objective == "completion":
+            return None
+        said = f"objective={objective!r}"
+        if objective not in OBJECTIVES:
+            raise ReftuneError(f"{said}: must be one of {', '.join(OBJECTIVES)}.")
+        if not self.args.factors or not all(factor > 0 for factor in self.args.factors):
+            raise ReftuneError(f"factors={self.args.factors}: give numbers above 0.")
+        if self.args.gradient_checkpointing or self.accelerator.num_processes > 1:
+            raise ReftuneError(f"{said} is not possible with gradient checkpointing or on several processes.")
+        if REJECTED + "input_ids" not in (getattr(self.train_dataset, "column_names", None) or ()):
+            raise ReftuneError(f"{said} needs pairs of answers, as `Encoding.pairs` tokenises them.")
+        if objective == "reps":
+            if self.args.full_determinism:
+                self.prefixes.switch_off("two answers share a prompt, whose last digits depend on which comes first")
+            return None
+        self.prefixes.switch_off("reft-r1 looks at all edited tokens of a row at once")
+        return ReftR1(self.model)
 
     def _prefix_switch(self, store: PrefixStore | None) -> PrefixSwitch:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -178,6 +229,8 @@ class ReftTrainer(Trainer):
         """One forward and backward; its tokens are counted."""
         self.throughput.count(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._r1 is not None:
+            self._r1.keep_strength(first=self.state.global_step == 0)
         wrong = ~torch.isfinite(loss.detach()).all()
         self._diverged = wrong if self._diverged is None else self._diverged | wrong
         return loss
