@@ -1,0 +1,11 @@
+"""The pairs that both sides of a comparison read: bundled pirate answers against bundled plain ones, as whole texts."""
+
+from __future__ import annotations
+
+from reftune.data.persona import load_demo, load_neutral
+
+
+def texts() -> list[tuple[str, str]]:
+    """Positive and negative text of each pair."""
+    plain = load_neutral()
+    return [(one.completion, other.completion) for one, other in zip(load_demo(), plain, strict=False)]
