@@ -42,6 +42,7 @@ def test_steering_from_pairs(
     for source in cells("steering.ipynb"):
         if 'MODEL = "smollm2"' in source:
             source = source.replace('"smollm2"', repr(str(tiny)))
+        source = source.replace("kl=0.3", "kl=1e-4")  # more than a model of random weights has to give
         exec(compile(source, "steering.ipynb", "exec"), names)
     assert (tmp_path / "steering-notebook" / "cheerful" / "adapter_model.safetensors").is_file()
     assert names["found"]["kl, nats a token"] > 0 and len(moved) == 1
