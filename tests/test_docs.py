@@ -47,6 +47,12 @@ NOT_RUN = {
     "docs/how-to/eval.md": ["reftune eval out --task arc_easy"],
     "docs/how-to/demo.md": ["reftune demo"],
     "docs/how-to/steer.md": ["edit ", "reftune steer pairs.csv --output pirate --positions", "reftune train"],
+    "docs/how-to/generate.md": [
+        'reftune generate "0.5*adapters',
+        'model = PeftModel.from_pretrained(base, "adapters/pirate"',
+    ],
+    "docs/how-to/many-users.md": ["reftune train --train-file rows.csv --adapter-column"],
+    "docs/how-to/user-store.md": ["reftune serve smollm2", "reftune store list"],
     "docs/how-to/gpu.md": [
         "reftune train --train-file rows.csv --model smollm2 --device cuda",
         "reftune train --train-file rows.csv --model Qwen/",
