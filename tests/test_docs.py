@@ -46,7 +46,14 @@ NOT_RUN = {
     "docs/how-to/compare.md": ["reftune compare"],
     "docs/how-to/eval.md": ["reftune eval out --task arc_easy"],
     "docs/how-to/demo.md": ["reftune demo"],
-    "docs/how-to/steer.md": ["edit ", "reftune steer pairs.csv --output pirate --positions", "reftune train"],
+    "docs/how-to/steer.md": [
+        "edit ",
+        "reftune steer pairs.csv --when",
+        "gate of layer",
+        "reftune steer pairs.csv --output pirate --positions",
+        "reftune steer pairs.csv --output pirate --train",
+        "reftune train",
+    ],
     "docs/how-to/generate.md": [
         'reftune generate "0.5*adapters',
         'model = PeftModel.from_pretrained(base, "adapters/pirate"',
