@@ -217,7 +217,6 @@ def test_reft_r1_adds_each_rows_own_strength_and_learns_both_answers(tmp_path: P
         (lambda: reft_model(**VECTOR), {"supervised_logits_only": False}, "supervised"),
         (lora_model, {}, "ReFT edits"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_trained_so_is_refused(tmp_path: Path, model: Any, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ReftuneError, match=said):
