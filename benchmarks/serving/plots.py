@@ -31,6 +31,9 @@ def main(lines: str, folder: str = "docs/images") -> None:
             )
         axes.axhline(1, color="#6b7280", linewidth=0.8)
         axes.set(xscale="log", xlabel=label, ylabel="tokens a CPU second,\nshare of the base model's", ylim=(0, 1.2))
+        ticks = sorted({case["adapters"] for case in cases})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
         axes.legend(loc="lower left", fontsize=8, frameon=False, ncols=2)
         save_figure(figure, Path(folder) / f"serving-{name}.png")
 
