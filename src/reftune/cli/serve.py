@@ -47,17 +47,15 @@ def serve(
     settings = read_flags(ServerSettings, flags)
     named = bool(arguments) and not arguments[0].startswith("-")
     model, extra = (arguments[0], arguments[1:]) if arguments and named else ("smollm2", arguments or [])
-    from reftune.serving.choosing import choose_engine, refuse_extra
+    from reftune.serving.choosing import choose_engine, refuse_extra, vllm_flags
 
     folders = [str(folder) for folder in adapters or []]
-    chosen, why = choose_engine(engine, model, folders)
+    chosen, why = choose_engine(engine, model, folders, settings)
     if why:
         typer.echo(why, err=True)
     if chosen == "vllm":
-        length = ["--max-model-len", str(settings.max_model_len)] if settings.max_model_len else []
-        import_module("reftune.serving.vllm.launch").launch(
-            model, folders, settings.port, settings.host, [*length, *extra]
-        )
+        launch = import_module("reftune.serving.vllm.launch").launch
+        launch(model, folders, settings.port, settings.host, [*vllm_flags(settings), *extra])
     refuse_extra(extra)
     from reftune.serving.server import serve as run
 

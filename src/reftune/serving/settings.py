@@ -10,6 +10,8 @@ from reftune.runs.recipe_values import option
 
 SERVING, LISTENING, LIMITS = "Serving", "Listening", "Limits"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+KEYS = "REFTUNE_API_KEYS"
+"""Environment variable: API keys, where no file names them."""
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,25 @@ class Cases:
         return [answers[index] for index in range(len(requests))]
 
 
+def turns(cases: Cases) -> list[list[dict[str, Any]]]:
+    """Three turns of a chat with each adapter: the next turn's prompt holds the last one's answer, as transformers gives it.
+
+    The first answer fills the block in which the first prompt ends, so that the second turn finds it in the cache.
+    """
+    system = (cases.prompts[-1] * 2)[:108]
+    batches: list[list[dict[str, Any]]] = []
+    prompts = {name: system + cases.prompts[3] for name in (None, "l1", "l1_everywhere", "f2l3_untied", "f7l7_noreft")}
+    for _ in range(3):
+        batch = [cases.request(name, prompt, tokens=12) for name, prompt in prompts.items()]
+        answers = cases.expected(batch)
+        prompts = {
+            name: prompt + answer + cases.prompts[2]
+            for (name, prompt), answer in zip(prompts.items(), answers, strict=True)
+        }
+        batches.append(batch)
+    return batches
+
+
 def load_peft(base: Any, path: str) -> Any:
     folder, _, scale = path.partition("*")
     if json.loads((Path(folder) / "adapter_config.json").read_text())["peft_type"] == "LORA":
@@ -133,16 +152,40 @@ def write_cases(folder: Path) -> Cases:
     return Cases(folder)
 
 
-def run_engine(folder: Path, job: dict[str, Any], timeout: float = 280) -> tuple[dict[str, Any] | None, str]:
-    """The answer of an engine (None where it did not start), and what it printed."""
-    (folder / "job.json").write_text(json.dumps(job))
-    (folder / "answer.json").unlink(missing_ok=True)
-    environment = {
-        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "cache"),
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).parent / "engine.py"), "job.json", "answer.json"]
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
-    printed = ended.stdout + ended.stderr
-    answer = folder / "answer.json"
-    return (json.loads(answer.read_text()) if answer.exists() else None), printed
+class Engines:
+    """vLLM engines, one a job, forked from a process that has imported vLLM; the end of the test run ends it."""
+
+    def __init__(self, cache: Path):
+        self.environment = {
+            **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(cache),
+        }  # fmt: skip
+        self.command = [sys.executable, str(Path(__file__).parent / "engine.py")]
+        self._parent: subprocess.Popen[str] | None = None
+
+    def run(self, folder: Path, job: dict[str, Any], seconds: int = 280) -> tuple[dict[str, Any] | None, str]:
+        """The answer of an engine (None where it did not start), and what it printed."""
+        folder.mkdir(exist_ok=True)
+        (folder / "job.json").write_text(json.dumps(job))
+        (folder / "answer.json").unlink(missing_ok=True)
+        if job.get("second_runner"):  # it is chosen before vLLM is imported
+            with (folder / "printed").open("w") as printed:
+                subprocess.run(
+                    [*self.command, str(folder)], cwd=folder, env=self.environment, stdout=printed, stderr=printed,
+                    timeout=seconds,
+                )  # fmt: skip
+        else:
+            if self._parent is None:
+                self._parent = subprocess.Popen(
+                    self.command, env=self.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
+            assert self._parent.stdin is not None and self._parent.stdout is not None
+            self._parent.stdin.write(f"{seconds} {folder}\n")
+            self._parent.stdin.flush()
+            assert self._parent.stdout.readline(), "the parent of the engines has ended"
+        answer = folder / "answer.json"
+        return (json.loads(answer.read_text()) if answer.exists() else None), (folder / "printed").read_text()
+
+    def close(self) -> None:
+        if self._parent is not None:
+            self._parent.communicate()

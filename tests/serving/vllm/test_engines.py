@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.vllm.cases import Cases, run_engine
+from tests.serving.vllm.cases import Cases, Engines, turns
 
 pytestmark = pytest.mark.timeout(600)
 SMALL = {
@@ -37,24 +37,8 @@ def expected(cases: Cases, requests: list[dict[str, Any]]) -> list[list[int]]:
     return cases.expected(requests)
 
 
-def turns(cases: Cases) -> list[list[dict[str, Any]]]:
-    """Three turns of a chat with each adapter: the next turn's prompt holds the last one's answer, as transformers gives it."""
-    system = (cases.prompts[-1] * 2)[:96]
-    batches: list[list[dict[str, Any]]] = []
-    prompts = {name: system + cases.prompts[3] for name in (None, "l1", "l1_everywhere", "f2l3_untied", "f7l7_noreft")}
-    for _ in range(3):
-        batch = [cases.request(name, prompt, tokens=8) for name, prompt in prompts.items()]
-        answers = cases.expected(batch)
-        prompts = {
-            name: prompt + answer + cases.prompts[2]
-            for (name, prompt), answer in zip(prompts.items(), answers, strict=True)
-        }
-        batches.append(batch)
-    return batches
-
-
 def test_mixed_batches_chunks_slots_and_a_warm_cache_give_the_answers_of_transformers(
-    cases: Cases, requests: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
+    cases: Cases, engines: Engines, requests: list[dict[str, Any]], expected: list[list[int]], tmp_path: Path
 ) -> None:
     """Ten adapters (a LoRA adapter among them) and the base model through three slots, 32 tokens a step.
 
@@ -94,7 +78,7 @@ def test_mixed_batches_chunks_slots_and_a_warm_cache_give_the_answers_of_transfo
             {"beam": one},
         ],
     }  # fmt: skip
-    answer, printed = run_engine(tmp_path, job)
+    answer, printed = engines.run(tmp_path, job)
     assert answer is not None, printed[-4000:]
     rounds = answer["rounds"]
     assert answers(rounds, 0) == answers(rounds, 1) == expected
@@ -117,7 +101,7 @@ def test_mixed_batches_chunks_slots_and_a_warm_cache_give_the_answers_of_transfo
 
 
 def test_the_dense_form_is_right_under_preemption_and_shares_prefixes_across_adapters(
-    cases: Cases, tmp_path: Path
+    cases: Cases, engines: Engines, tmp_path: Path
 ) -> None:
     requests = cases.all_requests(tokens=30)[:32]  # long enough to need a further block each
     shared = (cases.prompts[-1] * 2)[:100]
@@ -131,7 +115,7 @@ def test_the_dense_form_is_right_under_preemption_and_shares_prefixes_across_ada
         },
         "rounds": [requests, *one_by_one],
     }  # fmt: skip
-    answer, printed = run_engine(tmp_path, job)
+    answer, printed = engines.run(tmp_path, job)
     assert answer is not None, printed[-4000:]
     assert answers(answer["rounds"], 0) == cases.expected(requests)
     assert answer["preemptions"] > 0
@@ -142,19 +126,19 @@ def test_the_dense_form_is_right_under_preemption_and_shares_prefixes_across_ada
 
 
 def test_the_second_model_runner_with_the_triton_kernel_gives_the_answers_of_transformers(
-    cases: Cases, tmp_path: Path
+    cases: Cases, engines: Engines, tmp_path: Path
 ) -> None:
     requests = cases.all_requests(tokens=4)
     options = {**SMALL, "max_num_batched_tokens": 64, "additional_config": {"reftune": {"form": "dense"}}}
     job = {"model": cases.model, "options": options, "rounds": [requests], "second_runner": True}
-    answer, printed = run_engine(tmp_path, job, timeout=500)
+    answer, printed = engines.run(tmp_path, job, 500)
     assert answer is not None, printed[-4000:]
     assert answers(answer["rounds"], 0) == cases.expected(requests)
     assert ".gpu.model_runner" in answer["runner"] or ".cpu.model_runner" in answer["runner"], answer["runner"]
 
 
 @pytest.mark.parametrize("form", ["dense", "planned"])
-def test_a_compiled_graph_keeps_the_edits(form: str, cases: Cases, tmp_path: Path) -> None:
+def test_a_compiled_graph_keeps_the_edits(form: str, cases: Cases, engines: Engines, tmp_path: Path) -> None:
     requests = [request for request in cases.all_requests(tokens=6) if request["adapter"] != "lora"]
     options = {
         "max_loras": 12, "max_cpu_loras": 12, "max_num_batched_tokens": 64, "lora_target_modules": ["none"],
@@ -164,24 +148,46 @@ def test_a_compiled_graph_keeps_the_edits(form: str, cases: Cases, tmp_path: Pat
         "model": cases.model, "options": options, "rounds": [requests], "compile": True,
         "environment": {"VLLM_CPU_CI_ENV": "1"},
     }  # fmt: skip
-    answer, printed = run_engine(tmp_path, job)
+    answer, printed = engines.run(tmp_path, job)
     assert answer is not None, printed[-4000:]
     assert answer["mode"] != "0"
     assert answers(answer["rounds"], 0) == cases.expected(requests)
 
 
-def test_a_server_whose_edits_do_nothing_does_not_start(cases: Cases, tmp_path: Path) -> None:
-    job = {"model": cases.model, "options": SMALL, "rounds": [], "sabotage": "hooks"}
-    answer, printed = run_engine(tmp_path, job)
-    assert answer is None
-    assert "self-test: two opposite edits" in printed
+def test_turns_of_a_chat_are_the_same_without_a_prefix_cache_and_wrong_with_keys_of_vllms_own(
+    cases: Cases, engines: Engines, tmp_path: Path
+) -> None:
+    chat = turns(cases)
+    expected = [cases.expected(batch) for batch in chat]
+    found = {}
+    for name, options, sabotage in (
+        ("cached", {}, None), ("not cached", {"enable_prefix_caching": False}, None), ("stock keys", {}, "stock_keys"),
+    ):  # fmt: skip
+        job = {"model": cases.model, "options": SMALL | options, "rounds": chat, "sabotage": sabotage}
+        answer, printed = engines.run(tmp_path / name, job)
+        assert answer is not None, printed[-4000:]
+        found[name] = answer["rounds"]
+    for turn, right in enumerate(expected):
+        assert answers(found["cached"], turn) == answers(found["not cached"], turn) == right
+        assert sum(cached(found["not cached"], turn)) == 0
+    assert sum(cached(found["cached"], 1)) > 0
+    assert [answers(found["stock keys"], turn) for turn in range(3)] != expected
 
 
-def test_a_vllm_that_has_changed_is_refused_by_a_server_of_adapters(cases: Cases, tmp_path: Path) -> None:
-    job = {
-        "model": cases.model, "options": SMALL, "rounds": [], "sabotage": "signature",
-        "environment": {"REFTUNE_ADAPTERS": str(cases.folder / "adapters")},
+@pytest.mark.parametrize(
+    ("parallel", "form"), [("tensor_parallel_size", "planned"), ("pipeline_parallel_size", "dense")]
+)
+def test_two_processes_give_the_answers_of_one(
+    parallel: str, form: str, cases: Cases, engines: Engines, requests: list[dict[str, Any]],
+    expected: list[list[int]], tmp_path: Path,
+) -> None:  # fmt: skip
+    options = {
+        **SMALL, "max_loras": 12, "max_cpu_loras": 12, parallel: 2, "distributed_executor_backend": "mp", "additional_config": {"reftune": {"form": form}},
     }  # fmt: skip
-    answer, printed = run_engine(tmp_path, job)
-    assert answer is None
-    assert "set_active_loras takes (self, batch), not (self, input_batch, num_scheduled_tokens, ...)" in printed
+    job = {
+        "model": cases.model, "options": options, "rounds": [requests, requests],
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "MAKE_ROOM_FOR_STAGES": "1"},
+    }  # fmt: skip
+    answer, printed = engines.run(tmp_path, job)
+    assert answer is not None, printed[-6000:]
+    assert answers(answer["rounds"], 0) == answers(answer["rounds"], 1) == expected

@@ -100,6 +100,25 @@ def test_a_lora_adapter_that_would_do_nothing_is_refused(written: Cases) -> None
         Requested(SHAPE, lora=False).known(lora(1, written.adapter("lora")))
 
 
+def test_nobody_else_may_name_the_adapters_of_the_self_test() -> None:
+    requested = Requested(SHAPE)
+    with pytest.raises(ReftuneError, match="by which an engine tests itself"):
+        requested.known(lora(1, f"{SELF_TEST}+"))
+    requested.admit_self_test(2, f"{SELF_TEST}+")
+    assert requested.known(lora(2, f"{SELF_TEST}+")).digest is not None
+
+
+def test_a_lora_adapter_outside_of_the_served_folders_is_refused(
+    written: Cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFTUNE_ADAPTERS", str(tmp_path))
+    for path in (written.adapter("lora"), "someone/repository"):
+        with pytest.raises(ReftuneError, match="serves adapters of"):
+            Requested(SHAPE).known(lora(1, path))
+    shutil.copytree(written.adapter("lora"), tmp_path / "lora")
+    assert Requested(SHAPE).known(lora(1, str(tmp_path / "lora"))).digest is None
+
+
 def test_the_self_tests_adapters_push_the_last_layer_to_opposite_sides() -> None:
     one, other = (read_checked(f"{SELF_TEST}{sign}", SHAPE) for sign in "+-")
     (edit,), (opposite,) = one.edits, other.edits

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,83 +15,16 @@ from typing import Any
 import pytest
 
 from reftune.serving.vllm.server import CurrentAdapters, served_path
-from tests.serving.vllm.cases import REFT, Cases
+from tests.serving.vllm.cases import REFT, Cases, turns
+from tests.serving.vllm.served import Server
 
 pytestmark = pytest.mark.timeout(400)
-
-
-class Server:
-    def __init__(self, port: int, adapters: Path, log: Path):
-        self.port, self.adapters, self.log = port, adapters, log
-
-    def __call__(self, path: str, body: Any = None, key: str | None = "secret") -> tuple[int, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", None if body is None else json.dumps(body).encode()
-        )
-        request.add_header("Content-Type", "application/json")
-        if key is not None:
-            request.add_header("Authorization", f"Bearer {key}")
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                status, text = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode()
-        try:
-            return status, json.loads(text)
-        except ValueError:
-            return status, text
-
-    def complete(self, model: str, prompt: list[int], tokens: int = 8, **more: Any) -> tuple[int, Any]:
-        body = {
-            "model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-            "return_token_ids": True, **more,
-        }  # fmt: skip
-        return self("/v1/completions", body)
-
-
-@pytest.fixture(scope="module")
-def server(cases: Cases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("served")
-    adapters, log = folder / "adapters", folder / "log"
-    shutil.copytree(cases.folder / "adapters", adapters)
-    shutil.rmtree(adapters / "lora")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = (
-        "from reftune.serving.vllm.launch import launch, supported; "
-        f"assert supported({cases.model!r}, [{str(adapters)!r}]) is None; "
-        f"launch({cases.model!r}, [{str(adapters)!r}], {port}, '127.0.0.1', {['--dtype', 'float32', '--enforce-eager', '--max-model-len', '256', '--block-size', '32', '--served-model-name', 'tiny', '--api-key', 'secret']!r})"
-    )
-    environment = {
-        **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "cache"),
-    }  # fmt: skip
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
-    found = Server(port, adapters, log)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                if found("/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text()[-4000:])
-        yield found
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
 
 
 def test_every_adapter_of_the_folder_is_listed_before_it_is_loaded(server: Server) -> None:
     status, listed = server("/v1/models")
     assert status == 200
-    assert {card["id"] for card in listed["data"]} == {"tiny", *REFT}
+    assert sorted(card["id"] for card in listed["data"]) == sorted(["tiny", *REFT])
     assert all(card["parent"] == "tiny" for card in listed["data"] if card["id"] != "tiny")
 
 
@@ -104,8 +32,16 @@ def test_many_clients_at_once_get_the_answers_of_transformers(server: Server, ca
     requests = [request for request in cases.all_requests(tokens=8) if request["adapter"] != "lora"]
     with ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda r: server.complete(r["adapter"] or "tiny", r["prompt"]), requests))
+    assert [answer for status, answer in answers if status != 200] == []
     assert [answer["choices"][0]["token_ids"] for _, answer in answers] == cases.expected(requests)
     assert [answer["model"] for _, answer in answers] == [request["adapter"] or "tiny" for request in requests]
+
+
+def test_turns_of_a_chat_are_those_of_transformers(server: Server, cases: Cases) -> None:
+    """The prefix cache is asked in a process of its own, which has to know of the edits."""
+    for batch in turns(cases):
+        answers = [server.tokens(request["adapter"] or "tiny", request["prompt"], 12) for request in batch]
+        assert answers == cases.expected(batch)
 
 
 def test_keys_names_and_paths_are_checked(server: Server, cases: Cases) -> None:
@@ -123,7 +59,7 @@ def test_keys_names_and_paths_are_checked(server: Server, cases: Cases) -> None:
         status, answer = server.complete(name, [5, 6, 7])
         assert status == 404, (name, answer)
     status, answer = server("/v1/load_lora_adapter", {"lora_name": "outside", "lora_path": cases.adapter("l1")})
-    assert status >= 400 and "only" in answer["error"]["message"]
+    assert status == 400 and "only" in answer["error"]["message"]
 
 
 def test_a_strength_before_the_name_is_another_adapter(server: Server, cases: Cases) -> None:
@@ -162,6 +98,58 @@ def test_adapters_that_are_damaged_replaced_or_deleted_do_not_stop_the_server(se
     assert server.complete("l1", prompt)[1]["choices"][0]["token_ids"] == before
 
 
+def replaced_by(source: str, target: Path) -> None:
+    """File by file, each at once, as a training does."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(Path(source) / name, target / f".{name}")
+        (target / f".{name}").replace(target / name)
+
+
+@pytest.mark.parametrize("what", ["replaced", "damaged", "deleted"])
+def test_requests_in_flight_keep_the_adapter_that_they_began_with(what: str, server: Server, cases: Cases) -> None:
+    folder, prompt, new = server.adapters / f"used_{what}", cases.prompts[3], 200
+    shutil.copytree(cases.adapter("all_orthogonal"), folder)
+    time.sleep(1.2)
+    long = cases.request("all_orthogonal", prompt, tokens=new)
+    others = [cases.request(name, prompt, tokens=new) for name in ("l1", "l1_generated_consreft")]
+    before, after = cases.expected([long])[0], cases.expected([cases.request("f7l7_noreft", prompt, tokens=8)])[0]
+    assert server.tokens(folder.name, prompt) == before[:8]
+    with ThreadPoolExecutor(12) as clients:
+        flying = [clients.submit(server.tokens, folder.name, prompt, new) for _ in range(6)]
+        beside = [clients.submit(server.tokens, request["adapter"], prompt, new) for request in others]
+        time.sleep(0.3)
+        if what == "replaced":
+            replaced_by(cases.adapter("f7l7_noreft"), folder)
+        elif what == "damaged":
+            (folder / "adapter_model.safetensors").write_bytes(b"half of it")
+        else:
+            shutil.rmtree(folder)
+        still = [not future.done() for future in flying]
+        time.sleep(1.2)
+        status, answer = server.complete(folder.name, prompt)
+        assert [future.result() for future in flying] == [before] * len(flying)
+        assert [future.result() for future in beside] == cases.expected(others)
+    assert any(still), "the answers had ended before the folder changed"
+    if what == "deleted":
+        assert status == 404, answer
+    else:  # a damaged folder is taken up when it is whole again
+        assert answer["choices"][0]["token_ids"] == (after if what == "replaced" else before[:8])
+
+
+def test_the_reason_of_a_refusal_reaches_the_client(server: Server, cases: Cases) -> None:
+    folder = server.adapters / "inside"
+    shutil.copytree(cases.adapter("l1"), folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"component": "mlp_output"}))
+    time.sleep(1.2)
+    for status, answer in (
+        server.complete("inside", [5, 6, 7]),
+        server("/v1/load_lora_adapter", {"lora_name": "other", "lora_path": str(folder)}),
+    ):
+        assert status == 400 and "component='mlp_output': vLLM can edit block_output only" in answer["error"]["message"]
+    shutil.rmtree(folder)
+
+
 def test_beam_search_is_refused_in_words(server: Server, cases: Cases) -> None:
     status, answer = server.complete("l1", cases.prompts[2], use_beam_search=True, n=2)
     assert status == 400 and "beam search" in answer["error"]["message"]
@@ -196,3 +184,48 @@ def test_a_changed_folder_is_taken_up_only_when_it_is_whole(written: Cases, tmp_
     assert "a" not in table
     table["b"] = SimpleNamespace(lora_path=written.adapter("lora"))
     assert "b" in table
+
+
+def test_a_killed_server_starts_again_and_answers_as_before(server: Server, cases: Cases) -> None:
+    """By `kill -9` of the server's own process while clients wait; the others of its processes must not stay behind."""
+    requests = [cases.request(name, cases.prompts[3]) for name in (None, "l1", "f2l3_untied", "prompt_direft")]
+    expected = cases.expected(requests)
+    ended, broken, heard = threading.Event(), [], []
+
+    def client(request: dict[str, Any], right: list[int]) -> None:
+        while not ended.is_set():
+            try:
+                heard.append(server.tokens(request["adapter"] or "tiny", request["prompt"], request["tokens"]) == right)
+            except (OSError, urllib.error.URLError) as error:
+                broken.append(error)
+                return
+
+    with ThreadPoolExecutor(8) as clients:
+        running = [clients.submit(client, *pair) for pair in [*zip(requests, expected, strict=True)] * 2]
+        time.sleep(1)
+        assert server.end(signal.SIGKILL) == -signal.SIGKILL
+        ended.set()
+        for future in running:
+            future.result()
+    assert broken and heard and all(heard)
+    until = time.monotonic() + 60
+    while (left := server.processes()) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not left
+    server.start()
+    answers = [server.tokens(request["adapter"] or "tiny", request["prompt"], 12) for request in requests]
+    assert answers == expected
+
+
+def test_a_server_that_is_told_to_end_ends_without_a_traceback(server: Server) -> None:
+    assert server.end(signal.SIGINT) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_server_stops_with_the_reason_where_answers_could_be_wrong(server: Server) -> None:
+    process = server.launch("--kv-offloading-size", "0.01")
+    assert process.wait(250) != 0
+    assert (
+        "ReftuneError: vLLM with ReFT adapters and kv_transfer_config: a connector may name blocks"
+        in server.log.read_text()
+    )

@@ -92,6 +92,23 @@ def test_a_slot_that_changes_hands_keeps_nothing(form: str, written: Cases) -> N
     assert all(block(hidden, None).equal(hidden) for block in blocks.values())
 
 
+@pytest.mark.parametrize("form", ["planned", "dense"])
+def test_adapters_enter_slots_in_and_out_of_inference_mode(form: str, written: Cases) -> None:
+    shape = ModelShape(LAYERS, WIDTH)
+    slots, blocks = make(form)
+    adapters: dict[int, FoldedAdapter] = {}
+    for slot, name in enumerate(REFT):
+        with torch.inference_mode(slot % 2 == 0):
+            adapters[slot + 1] = read_checked(written.adapter(name), shape)
+            slots.put(slot + 1, slot, adapters[slot + 1])
+    slots.drop(1)
+    step = Step([0, 2, 3, 4, 5], [0, 0, 0, 0, 0], [3, 9, 20, 8, 1], [3, 9, 20, 8, 1])
+    slots.plan(step)
+    hidden = torch.randn(sum(step.scheduled), WIDTH)
+    for layer, block in blocks.items():
+        torch.testing.assert_close(block(hidden, None), by_hand(adapters, step, hidden, layer), atol=1e-4, rtol=1e-4)
+
+
 def test_the_dense_form_says_what_it_has_no_room_for(written: Cases) -> None:
     shape = ModelShape(LAYERS, WIDTH)
     for name, settings, said in (

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reftune.errors import ReftuneError
+from reftune.serving.settings import KEYS
 
-ENVIRONMENT = "REFTUNE_API_KEYS"
 _SHORTEST = 8
 
 
@@ -81,7 +81,7 @@ def read_keys(path: str | Path | None, environment: Mapping[str, str] = os.envir
         ReftuneError: a file that cannot be read, holds no key, or may be read by everybody.
     """
     if path is None:
-        return Keys(environment.get(ENVIRONMENT, "").replace(";", "\n"), ENVIRONMENT)
+        return Keys(environment.get(KEYS, "").replace(";", "\n"), KEYS)
     place = Path(path).expanduser()
     try:
         text = place.read_text(encoding="utf-8")

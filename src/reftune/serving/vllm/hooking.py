@@ -7,17 +7,21 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import multiprocessing
 import os
+import threading
 from typing import Any
 
 from reftune.errors import ReftuneError
-from reftune.serving.vllm.requested import FOLDERS, ModelShape, Requested, is_reft
+from reftune.serving.vllm.requested import FOLDERS, Requested, is_reft
 
 TESTED = ("0.31", "0.32", "0.33")
 """Versions of vLLM whose signatures were compared; an untested one is used as long as they are the same."""
 
 EXPECTED = {
     "vllm.v1.engine.core:EngineCore.__init__": ["self", "vllm_config"],
+    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": ["self", "vllm_config"],
+    "vllm.v1.engine.core:EngineCoreProc.run_engine_core": ["args"],
     "vllm.v1.engine.core:EngineCore.preprocess_add_request": ["self", "request"],
     "vllm.v1.engine.input_processor:InputProcessor._validate_lora": ["self", "lora_request"],
     "vllm.v1.engine.core:EngineCore.add_request": ["self", "request", "request_wave"],
@@ -138,32 +142,53 @@ def _hook_workers(mixin: Any) -> None:
     mixin.load_lora_model, mixin.set_active_loras = load_lora_model, set_active_loras
 
 
+def run_engine_core(*args: Any, **options: Any) -> None:
+    """What a process of EngineCore runs in place of vLLM's own: the plug-in first, which vLLM loads too late there.
+
+    It ends with the process that started it, also where that was killed: vLLM's own would stay, with its memory.
+    """
+    install()
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _stock_run_engine_core(*args, **options)
+
+
+_stock_run_engine_core: Any = None
+
+
 def _hook_engine_core() -> None:
+    global _stock_run_engine_core
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
 
     from reftune.serving.vllm.block_keys import keyed
     from reftune.serving.vllm.startup import refuse, self_test
 
     stock_init, stock_keys = EngineCore.__init__, kv_cache_utils.generate_block_hash_extra_keys
+    stock_caches = EngineCore._initialize_kv_caches
 
     @functools.wraps(stock_init)
     def init(self: Any, vllm_config: Any, *rest: Any, **options: Any) -> None:
         if vllm_config.lora_config is None:
             return stock_init(self, vllm_config, *rest, **options)
         refuse(vllm_config)
-        self.reftune_requested = Requested(
-            ModelShape.of(vllm_config), vllm_config.lora_config.target_modules != ["none"]
-        )
+        self.reftune_requested = Requested.of(vllm_config)
         kv_cache_utils.generate_block_hash_extra_keys = keyed(stock_keys, self.reftune_requested.known)
         stock_init(self, vllm_config, *rest, **options)
         self_test(self)
 
-    EngineCore.__init__ = init
+    @functools.wraps(stock_caches)
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        if vllm_config.lora_config is not None and not hasattr(self, "reftune_requested"):
+            raise ReftuneError(
+                "vLLM loaded the plug-in for ReFT adapters into an EngineCore that had begun to start: its prefix "
+                "cache would mix their answers up. Start it in a process of its own (no Ray), or without --enable-lora."
+            )
+        return stock_caches(self, vllm_config)
 
-
-def _requested(vllm_config: Any) -> Requested:
-    return Requested(ModelShape.of(vllm_config), vllm_config.lora_config.target_modules != ["none"])
+    EngineCore.__init__, EngineCore._initialize_kv_caches = init, _initialize_kv_caches
+    _stock_run_engine_core = EngineCoreProc.run_engine_core
+    EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
 
 
 def _check_requests() -> None:
@@ -177,7 +202,7 @@ def _check_requests() -> None:
         stock(self, lora_request)
         if lora_request is not None:
             if not hasattr(self, "_reftune_requested"):
-                self._reftune_requested = _requested(self.vllm_config)
+                self._reftune_requested = Requested.of(self.vllm_config)
             self._reftune_requested.known(lora_request)
 
     InputProcessor._validate_lora = _validate_lora

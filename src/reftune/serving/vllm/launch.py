@@ -16,7 +16,9 @@ from reftune.adapter.checkpoint import CONFIG_FILE, trained_beside_edits
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, bundled_folder
 from reftune.serving.catalogue import Catalogue
+from reftune.serving.settings import LOCAL_HOSTS
 from reftune.serving.vllm.requested import FOLDERS
+from reftune.serving.vllm.startup import REFUSED
 
 MIN_RANK, MIN_SLOTS, MAX_SLOTS, CACHE = 8, 8, 64, 4096
 
@@ -97,11 +99,19 @@ def command_line(
             "--engine vllm: vLLM is not installed here. pip install vllm (Linux), or use --engine embedded."
         )
     given = {flag.split("=")[0].replace("_", "-") for flag in extra if flag.startswith("--")}
+    if host not in LOCAL_HOSTS and "--api-key" not in given and not os.environ.get("VLLM_API_KEY"):
+        raise ReftuneError(
+            f"host={host!r}: others could reach this server without a key; give --api-key KEY, or set VLLM_API_KEY, "
+            "or keep --host 127.0.0.1."
+        )
     if "--no-enable-lora" in given or "--api-server-count" in given:
         raise ReftuneError(
             "--no-enable-lora and --api-server-count do not go with adapters that are loaded while the server runs: "
             "several API servers would give one id to different adapters. Start more servers behind a proxy."
         )
+    if unsafe := sorted(given & {f"--{option.replace('_', '-')}" for option in REFUSED.keys() - {"runner"}}):
+        reason = REFUSED[unsafe[0].removeprefix("--").replace("-", "_")]
+        raise ReftuneError(f"{unsafe[0]}: {reason}. Leave it out to serve adapters.")
     folders = [str(Path(folder).expanduser().resolve()) for folder in adapters]
     catalogue = Catalogue(folders)
     configs = [_config(catalogue, name) for name in catalogue.names()]

@@ -83,16 +83,29 @@ def served_folders() -> list[Path]:
 
 
 def refuse_lora_unless(acting: bool, path: str) -> None:
-    """Refuse a LoRA adapter where it would do nothing, without any sign.
+    """Refuse a LoRA adapter where it would do nothing, without any sign, or where its folder is not served.
 
     Raises:
-        ReftuneError: it would.
+        ReftuneError: it would, or is not.
     """
+    refuse_outside(path)
     if not acting:
         raise ReftuneError(
             f"{path}: a LoRA adapter, and this server was started for ReFT adapters alone "
             "(--lora-target-modules none). Start it without that flag, or with a LoRA adapter in its folders."
         )
+
+
+def refuse_outside(path: str) -> Path:
+    """The folder of a path, if the server may read it.
+
+    Raises:
+        ReftuneError: it lies in none of the served folders.
+    """
+    folder, allowed = Path(path).expanduser().resolve(), served_folders()
+    if allowed and not any(folder == one or one in folder.parents for one in allowed):
+        raise ReftuneError(f"{path}: this server serves adapters of {', '.join(map(str, allowed))} only.")
+    return folder
 
 
 def read_checked(path: str, shape: ModelShape) -> FoldedAdapter:
@@ -104,10 +117,7 @@ def read_checked(path: str, shape: ModelShape) -> FoldedAdapter:
     if path.startswith(SELF_TEST):
         return self_test_adapter(path, shape)
     place, strength = split_scale(path)
-    folder, allowed = Path(place).expanduser().resolve(), served_folders()
-    if allowed and not any(folder == one or one in folder.parents for one in allowed):
-        raise ReftuneError(f"{path}: this server serves adapters of {', '.join(map(str, allowed))} only.")
-    adapter = read_folded(folder)
+    adapter = read_folded(refuse_outside(place))
     check(adapter, shape)
     return adapter if strength == 1 else _scaled(adapter, strength)
 
@@ -188,6 +198,11 @@ class Requested:
         self._known: dict[int, Known] = {}
         self._lock = threading.Lock()
 
+    @classmethod
+    def of(cls, vllm_config: Any) -> Requested:
+        """For an engine of this configuration."""
+        return cls(ModelShape.of(vllm_config), vllm_config.lora_config.target_modules != ["none"])
+
     def known(self, lora_request: Any) -> Known:
         """What an adapter is; **reads it** when its id is seen for the first time.
 
@@ -198,7 +213,7 @@ class Requested:
         found = self._known.get(number)
         if found is None:
             with self._lock:
-                found = self._known.get(number) or self._read(path)
+                found = self._known.get(number) or self.read(path)
                 self._known[number] = found
         if found.path != path and (found.digest is not None or is_reft(path)):
             raise ReftuneError(
@@ -207,9 +222,23 @@ class Requested:
             )
         return found
 
-    def _read(self, path: str) -> Known:
+    def read(self, path: str) -> Known:
+        """What lies at a path now.
+
+        Raises:
+            ReftuneError: as ``read_checked``; a LoRA adapter that would do nothing, or that is not served.
+        """
+        if path.startswith(SELF_TEST):
+            raise ReftuneError(f"{path}: no folder, but an adapter by which an engine tests itself.")
         if not is_reft(path):
             refuse_lora_unless(self.lora, path)
             return Known(path)
-        adapter = read_checked(path, self.shape)
-        return Known(path, adapter.positions, adapter.untied, adapter.digest)
+        return _known(path, read_checked(path, self.shape))
+
+    def admit_self_test(self, number: int, path: str) -> None:
+        """Let requests of the engine itself name one of the adapters of its self-test, which nobody else may."""
+        self._known[number] = _known(path, self_test_adapter(path, self.shape))
+
+
+def _known(path: str, adapter: FoldedAdapter) -> Known:
+    return Known(path, adapter.positions, adapter.untied, adapter.digest)

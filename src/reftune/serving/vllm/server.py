@@ -11,7 +11,7 @@ from reftune.adapter.expression import parse_expression
 from reftune.errors import ReftuneError
 from reftune.serving.catalogue import Catalogue
 from reftune.serving.folded import read_folded
-from reftune.serving.vllm.requested import is_reft, scaled_path, served_folders, split_scale
+from reftune.serving.vllm.requested import Requested, is_reft, scaled_path, served_folders, split_scale
 
 
 def served_path(catalogue: Catalogue, model: str) -> str | None:
@@ -70,6 +70,10 @@ class CurrentAdapters(dict[str, Any]):
         del self[str(name)]
         return False
 
+    def values(self) -> Any:
+        """Of the adapters that are still as they were loaded: what `/v1/models` lists."""
+        return [self[name] for name in list(self) if name in self]
+
 
 def add_resolver() -> None:
     """Let this process find adapters by the names of their folders."""
@@ -79,8 +83,12 @@ def add_resolver() -> None:
     catalogue = Catalogue(served_folders())
 
     class FolderNames(LoRAResolver):
+        requested: Requested | None = None
+
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
             path = served_path(catalogue, lora_name)
+            if path is not None and self.requested is not None:
+                self.requested.read(path)  # its refusal is the client's answer; one in the engine would be logged only
             return None if path is None else LoRARequest(lora_name, 1, path)  # vLLM gives it an id of its own
 
     LoRAResolverRegistry.register_resolver("reftune", FolderNames())
@@ -118,5 +126,21 @@ class ModelList:
         app.add_api_route("/v1/models", models, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Let changed folders be taken up; **changes the state**."""
-        state.openai_serving_models.lora_requests = CurrentAdapters(state.openai_serving_models.lora_requests)
+        """Let changed folders be taken up, and say why one is refused; **changes the state**."""
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.lora.resolver import LoRAResolverRegistry
+
+        served, requested = state.openai_serving_models, Requested.of(engine_client.vllm_config)
+        served.lora_requests = CurrentAdapters(served.lora_requests)
+        if "reftune" in LoRAResolverRegistry.get_supported_resolvers():
+            LoRAResolverRegistry.get_resolver("reftune").requested = requested
+        stock = served.load_lora_adapter
+
+        async def load_lora_adapter(request: Any, *rest: Any, **options: Any) -> Any:
+            try:
+                requested.read(request.lora_path)
+            except ReftuneError as error:
+                return create_error_response(str(error))
+            return await stock(request, *rest, **options)
+
+        served.load_lora_adapter = load_lora_adapter

@@ -81,13 +81,15 @@ class Slots(ABC):
             adapter: checked against the model.
         """
         self.drop(number)
-        self.write(slot, adapter)
+        with torch.inference_mode(False):  # a step is in that mode and loading is not: both write to these tensors
+            self.write(slot, adapter)
         self._active[number] = slot, adapter
 
     def drop(self, number: int) -> None:
         """Forget an adapter; nothing happens where it is not there."""
         if (found := self._active.pop(number, None)) is not None:
-            self.erase(found[0])
+            with torch.inference_mode(False):
+                self.erase(found[0])
 
     def plan(self, step: Step | None) -> None:
         """Lay out the next forward; None: nothing is edited."""

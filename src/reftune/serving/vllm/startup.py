@@ -12,27 +12,38 @@ from reftune.serving.vllm.requested import SELF_TEST
 _IDS = (2**31 - 3, 2**31 - 2)
 
 
+REFUSED = {
+    "speculative_config": "a draft is made from hidden states that have not seen the edits: not tested",
+    "kv_transfer_config": "a connector may name blocks by tokens alone, or by the adapter's name, and mix adapters up",
+    "enable_dbo": "a batch in two halves has rows of other numbers",
+    "ubatch_size": "a batch in parts has rows of other numbers",
+    "prefill_context_parallel_size": "a rank sees a part of a prompt's rows",
+    "runner": "only generation is served",
+    "is_encoder_decoder": "only decoders are served",
+    "is_diffusion": "only models that write one token after the other are served",
+}
+"""Options of vLLM in which answers could be wrong without any sign, and why."""
+
+
 def refuse(vllm_config: Any) -> None:
     """Refuse a configuration in which answers could be wrong without any sign.
 
     Raises:
         ReftuneError: names the option.
     """
-    parallel = vllm_config.parallel_config
-    connector = getattr(vllm_config.kv_transfer_config, "kv_connector", None)
-    wrong = {
-        "speculative_config": vllm_config.speculative_config
-        and "a draft is made from hidden states that have not seen the edits: not tested",
-        f"kv_transfer_config (connector {connector})": vllm_config.kv_transfer_config
-        and "a connector may name blocks by tokens alone, or by the adapter's name, and mix adapters up",
-        "enable_dbo": getattr(parallel, "enable_dbo", False) and "a batch in two halves has rows of other numbers",
-        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1
-        and "a rank sees a part of a prompt's rows",
-        "runner (pooling)": vllm_config.model_config.runner_type != "generate" and "only generation is served",
-        "is_encoder_decoder": vllm_config.model_config.is_encoder_decoder and "only decoders are served",
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    given = {
+        "speculative_config": vllm_config.speculative_config,
+        "kv_transfer_config": vllm_config.kv_transfer_config,
+        "enable_dbo": getattr(parallel, "enable_dbo", False),
+        "ubatch_size": getattr(parallel, "ubatch_size", 0) > 1,
+        "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "runner": model.runner_type != "generate",
+        "is_encoder_decoder": model.is_encoder_decoder,
+        "is_diffusion": getattr(model, "is_diffusion", False),
     }
-    for option, reason in wrong.items():
-        if reason:
+    for option, reason in REFUSED.items():
+        if given[option]:
             raise ReftuneError(
                 f"vLLM with ReFT adapters and {option}: {reason}. Start it without, or without --enable-lora."
             )
@@ -42,7 +53,7 @@ def self_test(core: Any) -> None:
     """Generate a token with each of two adapters that push it to opposite sides; the tokens must differ.
 
     Raises:
-        ReftuneError: they do not: in this vLLM, or on this model, an edit does nothing.
+        ReftuneError: they do not: in this vLLM, or on this model, an edit does nothing; or a step fails.
     """
     if core.vllm_config.parallel_config.data_parallel_size > 1:
         return  # the ranks of data parallelism step together, and start one after another
@@ -52,6 +63,7 @@ def self_test(core: Any) -> None:
 
     names = (f"{SELF_TEST}+", f"{SELF_TEST}-")
     for name, number in zip(names, _IDS, strict=True):
+        core.reftune_requested.admit_self_test(number, name)
         request = EngineCoreRequest(
             request_id=name, prompt_token_ids=[1, 1, 1], mm_features=None,
             sampling_params=SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), pooling_params=None,
@@ -60,14 +72,17 @@ def self_test(core: Any) -> None:
         )  # fmt: skip
         core.add_request(*core.preprocess_add_request(request))
     tokens: dict[str, list[int]] = {}
-    for _ in range(100):
-        outputs, executed = core.step_fn()
-        core.post_step(executed)
-        for group in (outputs or {}).values():
-            for output in group.outputs:
-                tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
-        if not core.scheduler.has_unfinished_requests() and len(tokens) == len(names):
-            break
+    try:
+        for _ in range(100):
+            outputs, executed = core.step_fn()
+            core.post_step(executed)
+            for group in (outputs or {}).values():
+                for output in group.outputs:
+                    tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+            if not core.scheduler.has_unfinished_requests() and len(tokens) == len(names):
+                break
+    except Exception as error:
+        raise ReftuneError(f"self-test: this model and configuration cannot make a step: {error!r}.") from error
     for number in _IDS:
         core.remove_lora(number)
     if len(tokens) < len(names) or tokens[names[0]] == tokens[names[1]]:
