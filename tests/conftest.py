@@ -13,10 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("slow machine", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("slow machine")
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and tests of Ctrl-C would wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -2,7 +2,7 @@ import importlib.util
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -23,7 +23,6 @@ def _example(prompt: str, completion: str, where: str = "") -> Example:
     return Example((Message("user", prompt),), completion, where)
 
 
-@settings(deadline=None)
 @given(SETUPS, TEXT, TEXT)
 def test_prompt_and_completion_come_back_exactly(
     setup: tuple[PreTrainedTokenizerFast, str | None], prompt: str, completion: str
@@ -41,7 +40,6 @@ def test_prompt_and_completion_come_back_exactly(
     assert starts == (bos + rendered).count(str(tokenizer.bos_token))
 
 
-@settings(deadline=None)
 @given(SETUPS, TEXT, TEXT, st.integers(2, 50))
 def test_truncation_keeps_the_end_of_the_prompt_and_a_label(
     setup: tuple[PreTrainedTokenizerFast, str | None], prompt: str, completion: str, limit: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reftune import ReftuneError, parse_positions
@@ -78,7 +78,6 @@ def test_a_string_that_is_no_position_is_refused_with_the_grammar(text: str):
         parse_positions(text)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 30))
 def test_short_prompts_share_their_tokens_between_prefix_and_suffix(a: int, b: int, n: int):
     positions = parse_positions(f"f{a}+l{b}")
@@ -87,7 +86,6 @@ def test_short_prompts_share_their_tokens_between_prefix_and_suffix(a: int, b: i
     assert len(positions.ordinals(n)) == prefix + suffix, "no token twice"
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(SPECS, st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 5), st.data())
 def test_padding_side_and_batch_do_not_change_what_is_edited(spec: str, prompts: list[int], response: int, data):
     lengths = [n + response for n in prompts]
@@ -111,7 +109,6 @@ def test_padding_side_and_batch_do_not_change_what_is_edited(spec: str, prompts:
             assert all(start <= column < start + n for column in columns), "a response token was edited"
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(SPECS, st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=2, max_size=4))
 def test_every_document_of_a_packed_row_has_its_own_prompt(spec: str, documents: list[tuple[int, int]]):
     total = sum(n + m for n, m in documents)
@@ -128,7 +125,6 @@ def test_every_document_of_a_packed_row_has_its_own_prompt(spec: str, documents:
     assert edited_rows(spec, **size, document_starts=starts, prompt_lengths=prompts) == [expected]
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(SPECS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 3), st.data())
 def test_chunks_beams_and_candidates_inside_generate_edit_the_same_tokens(
     spec: str, prompts: list[int], generated: int, beams: int, data

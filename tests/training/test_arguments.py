@@ -20,7 +20,7 @@ def test_the_defaults_are_those_of_an_edit(tmp_path: Path) -> None:
 
 def test_every_field_that_differs_has_help_and_a_type() -> None:
     own = {field.name for field in fields(ReftTrainingArguments)} - {field.name for field in fields(TrainingArguments)}
-    assert own == {"supervised_logits_only", "prefix_reuse", "prefix_cache_gib"}
+    assert own == {"supervised_logits_only", "prefix_reuse", "prefix_cache_gib", "objective", "factors"}
     hints = get_type_hints(ReftTrainingArguments)
     for field in fields(ReftTrainingArguments):
         if field.name in ReftTrainingArguments.__annotations__:

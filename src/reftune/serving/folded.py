@@ -171,7 +171,8 @@ def fold_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     untied = not config["share_weights"] and positions.has_two_ends
     grouped = {place: {own: tensors[name] for own, name in held.items()} for place, held in names.items()}
     layers = config["layers_to_transform"]
-    edits = tuple(_site_edit(folder, config, block, part, held) for (block, part), held in grouped.items())
+    # A weights file has its tensors in no order of their own.
+    edits = tuple(_site_edit(folder, config, *place, grouped[place]) for place in sorted(grouped))
     base, component = config.get("base_model_name_or_path"), config["component"]
     return FoldedAdapter(folder, digest, positions, untied, component, layers, base, edits)
 

@@ -529,7 +529,7 @@ class UserStore:
 
     # Rows
 
-    def _shard(self, number: int) -> Shard:
+    def _shard(self, number: Any) -> Shard:
         """A file of users, for reading; kept open."""
         key = self._shard_file(number)
         if key not in self._shards:
@@ -670,7 +670,9 @@ class UserStore:
 
     # Files
 
-    def _shard_file(self, number: int) -> Path:
+    def _shard_file(self, number: Any) -> Path:
+        if not isinstance(number, int) or number < 0:
+            raise ReftuneError(f"{self.path / INDEX_FILE} is damaged (file {number!r}): restore it from a copy.")
         return self.path / f"users-{number:06}.safetensors"
 
     def _shared_file(self, digest: str) -> Path:

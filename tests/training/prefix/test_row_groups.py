@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reftune.training.prefix.row_groups import length_groups, plain_groups
@@ -15,7 +15,6 @@ def cost(groups: list[list[int]], lengths: list[int], forward_cost: int) -> int:
     return sum(len(group) * max(lengths[row] for row in group) + forward_cost for group in groups)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 60))
 def test_no_other_split_costs_less(lengths: list[int], forward_cost: int):
     found = length_groups(lengths, forward_cost)
