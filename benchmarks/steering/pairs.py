@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from reftune.data.persona import load_demo, load_neutral
+from reftune.data.persona import load_demo, neutral_rows
 
 
 def texts() -> list[tuple[str, str]]:
     """Positive and negative text of each pair."""
-    plain = load_neutral()
+    plain = neutral_rows()
     return [(one.completion, other.completion) for one, other in zip(load_demo(), plain, strict=False)]

@@ -16,7 +16,7 @@ import reftune
 from reftune.cli import app
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import load_edited
-from reftune.steering.run import _held_out
+from reftune.steering.contrasts import split
 from reftune.steering.settings import SteerSettings
 from tests.cli.test_bad_input import refused
 from tests.cli.tiny_folder import save_tiny_model
@@ -78,7 +78,8 @@ def test_a_judge_tells_the_share_of_answers_accepted_without_the_edit_and_with_i
     for name, own in (("base", answers[:held]), ("steered", answers[held:])):
         assert found(out)[f"accepted, {name}"] == sum(len(text) < 3 for text in own) / held
     edited = load_edited(out, device="cpu")  # the adapter that was written gives the answers that were judged
-    prompts = [f"say {n}" for n in _held_out(12, SteerSettings())[1]]
+    defaults = SteerSettings()
+    prompts = [f"say {n}" for n in split(12, defaults.eval_fraction, defaults.seed)[1]]
     for base, own in ((True, answers[:held]), (False, answers[held:])):
         again = generate_answers(edited, prompts, GenerationSettings(max_new_tokens=3), base=base)
         assert [answer.text for answer in again] == own

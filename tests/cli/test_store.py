@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from reftune.cli import app
-from reftune.users.store import INDEX_FILE, UserStore
+from reftune.users.names import INDEX_FILE
+from reftune.users.store import UserStore
 from tests.users.test_hostile import make_store, nan
 from tests.users.test_store import edit, same
 

@@ -12,7 +12,8 @@ from reftune.edits import ConsreftEdit, LobireftEdit, RotatedEdit
 from reftune.engine.position_grammar import parse_positions
 from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
-from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edit, open_shares, read_when, thirds
+from reftune.steering.contrasts import split
+from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edit, open_shares, read_when
 from reftune.steering.states import mean_states, token_states
 from tests.steering.test_states import rows_of
 from tests.tiny_models import CAUSAL
@@ -114,5 +115,5 @@ def test_what_is_no_labelled_prompt(rows, acts: str | None, words: str) -> None:
 @pytest.mark.parametrize("count", [6, 7, 20, 101])
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.9])
 def test_no_row_has_two_parts(count: int, share: float) -> None:
-    parts = thirds(count, share, 0)
+    parts = split(count, share, 0, held=2)
     assert sorted(sum(parts, [])) == list(range(count)) and all(len(part) >= 2 for part in parts)

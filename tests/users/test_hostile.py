@@ -13,7 +13,8 @@ import torch
 
 from reftune.errors import ReftuneError
 from reftune.serving.folded import read_folded
-from reftune.users.store import INDEX_FILE, UserStore, user_of
+from reftune.users.names import INDEX_FILE
+from reftune.users.store import UserStore, user_of
 from tests.users.test_store import CONFIG, edit, same
 
 SHARD = "users-000001.safetensors"

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import reftune
 from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from reftune.errors import ReftuneError
-from reftune.users.store import UserStore, check_user_name
+from reftune.users.names import check_user_name
+from reftune.users.store import UserStore
 from tests.serving.adapters import save_adapter
 from tests.tiny_models import CAUSAL, HIDDEN
 

@@ -198,10 +198,10 @@ def _score_rows(
 
 def _side_effects(folder: Path, options: EvalOptions, base_model: BaseModel) -> tuple[Table, dict[str, Any]]:
     """What the edit does on plain prompts: a table, and what the results file holds."""
+    from reftune.data.persona import neutral_rows
     from reftune.evaluation.judging import load_judge
     from reftune.evaluation.side_effects import SHOWN, AgainstBase, measure_side_effects, read_refusal_rows
     from reftune.inference.loading import load_edited
-    from reftune.steering.contrasts import neutral_rows
 
     neutral = neutral_rows(options.neutral_file)[: options.limit_rows]
     refusals = [] if options.refusal_file is None else read_refusal_rows(options.refusal_file)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reftune.output import terminal
+from reftune.users.names import is_store
 
 if TYPE_CHECKING:
     from reftune.adapter.info import AdapterInfo
@@ -26,7 +27,7 @@ def info(
     """What an adapter edits: layers by positions, norms, parameters. Loads no base model."""
     from reftune.adapter.info import read_adapter_info
 
-    if (folder.expanduser() / "users.sqlite").is_file():
+    if is_store(folder.expanduser()):
         from reftune.cli.store import summary
         from reftune.users.store import UserStore
 

@@ -15,6 +15,7 @@ from reftune.comparison.methods import attach_method, judged_rows, prompt_encodi
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.results import data_digest
 from reftune.data.formats import Example
+from reftune.data.persona import neutral_rows
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.evaluation.options import read_option_rows
@@ -23,7 +24,6 @@ from reftune.inference.loading import within_context
 from reftune.runs.completion import read_data
 from reftune.runs.recipe_values import told_at
 from reftune.runs.steps import encode_rows
-from reftune.steering.contrasts import neutral_rows
 
 logger = logging.getLogger(__name__)
 

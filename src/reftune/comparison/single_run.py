@@ -25,6 +25,7 @@ from reftune.comparison.peak_memory import PeakMemory
 from reftune.comparison.recipe import CompareRecipe
 from reftune.comparison.results import RunResult, data_digest, fingerprint, run_folder
 from reftune.data.formats import Example
+from reftune.data.persona import neutral_rows
 from reftune.data.tokenising import Encoding
 from reftune.evaluation.heldout import exact_match
 from reftune.evaluation.options import Norm, evaluate_options, read_option_rows
@@ -36,7 +37,6 @@ from reftune.output.files import write_text
 from reftune.runs.completion import read_data
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.runs.steps import encode_rows, load_base, training_arguments
-from reftune.steering.contrasts import neutral_rows
 from reftune.training.prefix.store import PrefixStore
 from reftune.training.trainer import ReftTrainer
 

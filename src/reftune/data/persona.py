@@ -17,6 +17,7 @@ from collections import Counter
 from importlib import resources
 
 from reftune.data.formats import Example, read_examples
+from reftune.data.reading import Source
 
 PERSONA = "a pirate captain who answers every question in salty sea talk"
 
@@ -57,8 +58,10 @@ def load_heldout() -> list[str]:
     return [json.loads(line)["prompt"] for line in text.splitlines()]
 
 
-def load_neutral() -> list[Example]:
-    """Return plain questions with plain answers, which no persona answers: what an edit should leave as it is."""
+def neutral_rows(source: Source | None = None) -> list[Example]:
+    """Plain questions with plain answers, which no persona answers: those of a file, or the package's own."""
+    if source is not None:
+        return read_examples(source)
     with resources.as_file(resources.files("reftune.data") / "neutral.jsonl") as file:
         return read_examples(file)
 

@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reftune.edits.base import FoldedEdit, Init
+from reftune.edits.base import FoldedEdit
 from reftune.edits.direft_orthogonal import DireftOrthogonalEdit
 from reftune.edits.registry import register_edit
-from reftune.edits.rotated import Parametrization
 from reftune.errors import ReftuneError
 
 
@@ -26,18 +25,10 @@ class GatedEdit(DireftOrthogonalEdit):
     probe: Tensor
     threshold: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        r: int,
-        *,
-        dropout: float = 0.0,
-        act_fn: str | None = None,
-        init: Init | None = None,
-        parametrization: Parametrization = "cholesky",
-    ) -> None:
-        super().__init__(width, r, dropout=dropout, act_fn=act_fn, init=init, parametrization=parametrization)
-        self.register_buffer("probe", torch.zeros(width))
+    def make_tensors(self) -> None:
+        """As for `RotatedEdit`, with a gate that is open everywhere."""
+        super().make_tensors()
+        self.register_buffer("probe", torch.zeros(self.width))
         self.register_buffer("threshold", -torch.ones(1))
 
     @property

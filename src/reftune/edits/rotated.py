@@ -68,13 +68,17 @@ class RotatedEdit(Edit):
         else:
             self.rotation = nn.Parameter(torch.empty(r, width))
         self.check_options()
-        for name in self.tensors:
-            setattr(self, name, nn.Parameter(torch.empty((r, width) if name == "weight" else r)))
+        self.make_tensors()
         if self.tensors:
             self.reset_parameters()
 
     def check_options(self) -> None:
         """Refuse what this method cannot do."""
+
+    def make_tensors(self) -> None:
+        """Register what the edit has beside the rotation; a subclass may add buffers."""
+        for name in self.tensors:
+            setattr(self, name, nn.Parameter(torch.empty((self.r, self.width) if name == "weight" else self.r)))
 
     @torch.no_grad()
     def reset_rotation(self) -> None:

@@ -24,7 +24,7 @@ from reftune.output.targets import check_folder_target
 from reftune.runs.fingerprint import FINGERPRINT_FILE, write_fingerprint
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.training.checkpoints import damaged_checkpoints, foreign_files, last_complete_checkpoint
-from reftune.users.store import INDEX_FILE
+from reftune.users.names import INDEX_FILE
 
 METRICS_FILE, CARD_FILE, CURVE_FILE = "metrics.json", "README.md", "loss.png"
 _UNFINISHED, _STAGED, _LOGS = ".unfinished-adapter", ".unfinished-run", "runs"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from reftune.errors import ReftuneError
-from reftune.users.store import UserStore, is_name, is_store
+from reftune.users.names import is_name, is_store
+from reftune.users.store import UserStore
 
 CONFIG_FILE = "adapter_config.json"
 _LOOK_AGAIN = 1.0

@@ -34,7 +34,8 @@ from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
 from reftune.serving.bank import Bank, Held
 from reftune.serving.packed_edits import check_fits
-from reftune.users.store import UserStore, check_user_name
+from reftune.users.names import check_user_name
+from reftune.users.store import UserStore
 
 USERS = "users"
 """The name under which the engine knows the users of a store together."""

@@ -13,12 +13,13 @@ Every row is read by the reader of `data`.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reftune.data.formats import Example, LabelledText, examples_of, labelled_of, pairs_of, read_examples, read_prompts
-from reftune.data.persona import load_demo, load_neutral
+from reftune.data.formats import Example, LabelledText, examples_of, labelled_of, pairs_of, read_prompts
+from reftune.data.persona import load_demo, neutral_rows
 from reftune.data.reading import RawRow, Source, read_rows
 from reftune.errors import ReftuneError
 
@@ -53,9 +54,16 @@ class Contrasts:
         return isinstance(self.positive[0], Example)
 
 
-def neutral_rows(source: Source | None = None) -> list[Example]:
-    """Plain prompts with plain answers: those of a file, or the ones that come with the package."""
-    return load_neutral() if source is None else read_examples(source)
+def split(count: int, share: float, seed: int, held: int = 1) -> list[list[int]]:
+    """The rows of a side to learn from, and ``held`` parts that are held out, ``share`` of the rows each.
+
+    The same rows of two sides that have as many.
+    """
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    size = min(max(2, round(count * share)), (count - 2) // held)
+    parts = [order[start : start + size] for start in range(0, held * size, size)]
+    return [sorted(part) for part in (order[held * size :], *parts)]
 
 
 def read_contrasts(

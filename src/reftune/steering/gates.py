@@ -5,7 +5,6 @@ A gate looks at each token (`edits.GatedEdit`), so it is found on every token th
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,14 +63,6 @@ def read_when(source: Source, acts: str | None = None) -> tuple[list[Example], l
             "many where it does not, as some are held out."
         )
     return act, rest
-
-
-def thirds(count: int, share: float, seed: int) -> tuple[list[int], list[int], list[int]]:
-    """The rows of a side to learn from, to choose the threshold on, and to measure on: ``share`` of them each."""
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    held = min(max(2, round(count * share)), (count - 2) // 2)
-    return sorted(order[2 * held :]), sorted(order[:held]), sorted(order[held : 2 * held])
 
 
 def find_gate(act: TokenStates, rest: TokenStates, act_held: TokenStates, rest_held: TokenStates) -> Gate:

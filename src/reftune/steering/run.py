@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rich.progress import Progress
 from reftune import models
 from reftune.adapter.config import ReftConfig
 from reftune.data.formats import Example
+from reftune.data.persona import neutral_rows
 from reftune.data.tokenising import REJECTED, Encoded, Encoding
 from reftune.engine.position_grammar import parse_positions
 from reftune.engine.sites import Site, find_sites
@@ -37,13 +37,13 @@ from reftune.output.files import write_text
 from reftune.output.locks import only_writer, refuse_if_locked
 from reftune.output.targets import check_file_target, check_folder_target
 from reftune.runs.output_folder import save_adapter
-from reftune.steering.contrasts import Contrasts, Row, neutral_rows, read_contrasts
+from reftune.steering.contrasts import Contrasts, Row, read_contrasts, split
 from reftune.steering.directions import Direction, find_directions, gap_in_deviations, separation
-from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edit, open_shares, read_when, thirds
+from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edit, open_shares, read_when
 from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
 from reftune.steering.states import mean_states, token_states
-from reftune.steering.strength import calibrated, divergence, edit_of, steered
+from reftune.steering.strength import calibrated, divergence, edit_of, over_tokens, steered
 from reftune.steering.vectors import ANY_LAYER, holds_vectors, may_hold_vectors, read_vectors, write_vectors
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.objectives import Forward
@@ -210,20 +210,12 @@ def _written(base: _Base, prompts: Sequence[Example], instruction: str | None, s
         peft.unload()
 
 
-def _held_out(count: int, settings: SteerSettings) -> tuple[list[int], list[int]]:
-    """The rows of a side to learn from and those held out; the same of both sides where they are as many."""
-    order = list(range(count))
-    random.Random(settings.seed).shuffle(order)
-    held = min(max(2, round(count * settings.eval_fraction)), count - 2)
-    return sorted(order[held:]), sorted(order[:held])
-
-
 @dataclass(frozen=True)
 class _Sides:
     """Tokenised rows of the positive and the negative side, and which of them are held out."""
 
     rows: tuple[list[Encoded], list[Encoded]]
-    splits: tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]
+    splits: Sequence[list[list[int]]]
 
     def held_out(self) -> tuple[list[Encoded], list[Encoded]]:
         """Held-out rows of each side on which layers and strengths are tried."""
@@ -319,13 +311,13 @@ def _gates(
         return token_states(base.model, base.prompts(rows), sites, positions, base.pad, base.batch_size)
 
     act, rest, plain = states(when[0]), states(when[1]), states(neutral)
-    splits = [thirds(len(side), settings.eval_fraction, settings.seed) for side in (act, rest)]
+    splits = [split(len(side), settings.eval_fraction, settings.seed, held=2) for side in (act, rest)]
     gates: dict[Site, Gate] = {}
     told: list[dict[str, float]] = []
     for place, site in enumerate(sites):
         parts = [
-            [np.concatenate([side[row][place] for row in rows]) for rows in split]
-            for side, split in zip((act, rest), splits, strict=True)
+            [np.concatenate([side[row][place] for row in rows]) for rows in parts_of]
+            for side, parts_of in zip((act, rest), splits, strict=True)
         ]
         gate = gates[site] = find_gate(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
         accuracy = balanced_accuracy(gate, parts[0][2], parts[1][2])
@@ -365,7 +357,8 @@ def _search(
 ) -> _Found:
     """The directions at the layers and with the strength that work best."""
     both = base.rows(contrasts.positive), base.rows(contrasts.negative)
-    sides = _Sides(both, (_held_out(len(both[0]), settings), _held_out(len(both[1]), settings)))
+    splits = [split(len(side), settings.eval_fraction, settings.seed) for side in both]
+    sides = _Sides(both, splits)
     directions, told = _directions(base, sites, sides, contrasts.paired, settings, progress)
     chosen, strength, tried = _choose(base, directions, told, sides, contrasts.answers, settings, progress)
     rows = {"positive": len(both[0]), "negative": len(both[1]), "held out": len(sides.splits[0][1])}
@@ -429,18 +422,18 @@ def _measure(
         with steered(base.model, found.directions, settings.positions, strength, settings.remove, gates) as on:
             behind = divergence(halves, on.at(strength))[0]
     if halves_kl:
-        kl = sum(half.tokens * own for half, own in zip(halves, halves_kl, strict=True)) / sum(h.tokens for h in halves)
-    neutral_base = sum(half.tokens * half.base_loss for half in halves) / sum(half.tokens for half in halves)
+        kl = over_tokens(halves, halves_kl)
     return {
         "from": found.said,
-        "method": _method(settings),
+        "method": _method(settings, gates),
         "layers": [int(site.layer or 0) for site in found.directions],
         "strength": 1.0 if settings.remove else strength,
         "held-out loss, base": before, "held-out loss, steered": after,
         "log-likelihood ratio, nats a token": _ratio(before, after),
         "kl, nats a token": kl, "kl behind the gate, nats a token": behind,
         "kl of each half at the other's strength": halves_kl,
-        "neutral loss, base": neutral_base, "neutral loss, steered": neutral_loss,
+        "neutral loss, base": over_tokens(halves, [half.base_loss for half in halves]),
+        "neutral loss, steered": neutral_loss,
         **found.facts, "settings": asdict(settings),
     }  # fmt: skip
 
@@ -461,8 +454,8 @@ def _ratio(before: dict[str, float], after: dict[str, float]) -> float | None:
     return (before["positive"] - after["positive"]) - (before["negative"] - after["negative"])
 
 
-def _method(settings: SteerSettings) -> str:
-    return "gated" if settings.when else "consreft" if settings.remove else "lobireft"
+def _method(settings: SteerSettings, gates: dict[Site, Gate]) -> str:
+    return "gated" if gates else "consreft" if settings.remove else "lobireft"
 
 
 @contextmanager
@@ -476,7 +469,7 @@ def _adapter(
 ) -> Iterator[Any]:
     """The PEFT model with the edits of these directions, for the length of a ``with`` block."""
     config = ReftConfig(
-        method="gated" if gates else "consreft" if settings.remove else "lobireft",
+        method=_method(settings, gates),
         r=settings.rank,
         layers_to_transform=[int(site.layer or 0) for site in directions],
         positions=settings.positions,

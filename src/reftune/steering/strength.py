@@ -83,11 +83,15 @@ def steered(
             found.prefixes.close()
 
 
+def over_tokens(parts: Sequence[AgainstBase], means: Sequence[float]) -> float:
+    """The mean over all parts' tokens, from each part's own."""
+    return sum(part.tokens * mean for part, mean in zip(parts, means, strict=True)) / sum(p.tokens for p in parts)
+
+
 def divergence(parts: Sequence[AgainstBase], forward: Forward) -> tuple[float, float]:
     """Divergence and loss over the rows of all parts."""
-    tokens = sum(part.tokens for part in parts)
-    found = [(part.tokens, *part(forward=forward)) for part in parts]
-    return sum(n * kl for n, kl, _ in found) / tokens, sum(n * loss for n, _, loss in found) / tokens
+    kls, losses = zip(*(part(forward=forward) for part in parts), strict=True)
+    return over_tokens(parts, kls), over_tokens(parts, losses)
 
 
 def calibrated(

@@ -14,6 +14,22 @@ from reftune.output import terminal
 from reftune.training.throughput import ThroughputCallback
 
 
+def seconds_between_lines() -> float:
+    """Time between two lines of progress where there is no terminal: ``REFTUNE_PROGRESS_SECONDS``, or 5."""
+    return float(os.environ.get("REFTUNE_PROGRESS_SECONDS", "5"))
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """How long ``left`` more will take, as `1:05 left`, where ``done`` took so many seconds."""
+    more = round(seconds / done * left)
+    return f"{more // 60}:{more % 60:02d} left"
+
+
+def print_line(console: Console, line: str) -> None:
+    """A line as it is, however long and whatever it holds."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class ProgressBarCallback(TrainerCallback):
     """Shows how training goes on standard error.
 
@@ -31,8 +47,7 @@ class ProgressBarCallback(TrainerCallback):
     ) -> None:
         self._throughput = throughput
         self._console = console if console is not None else terminal.console(stderr=True)
-        asked = os.environ.get("REFTUNE_PROGRESS_SECONDS", "5") if every_seconds is None else every_seconds
-        self._every_seconds = float(asked)
+        self._every_seconds = seconds_between_lines() if every_seconds is None else every_seconds
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None
@@ -111,8 +126,7 @@ class ProgressBarCallback(TrainerCallback):
         left = state.max_steps - state.global_step
         if done <= 0 or left <= 0:
             return ""
-        seconds = round((time.monotonic() - self._began) / done * left)
-        return f"  {seconds // 60}:{seconds % 60:02d} left"
+        return f"  {time_left(time.monotonic() - self._began, done, left)}"
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, line)

@@ -2,7 +2,8 @@
 
 - `stack.py`: several users' edits as one, and a step of AdamW that is each user's own; `cohort.py`: training those of a
   cohort as if each were alone; `run.py`: a recipe with `adapter_column`, from a file of rows to a store.
-- `store.py`: `UserStore`, a folder with an index of names and files whose rows are users; `shards.py`: one such file.
+- `store.py`: `UserStore`, a folder with an index of names and files whose rows are users; `shards.py`: one such file;
+  `names.py`: what a user may be called.
 
 The store imports `adapter`, `output` and `errors` alone, so that `serving` can read one; training imports `runs` and
 `training` too. The room must not import `cli` or `serving`.

@@ -34,9 +34,11 @@ from reftune.runs.output_folder import METRICS_FILE, readable_disk_errors, write
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.runs.steps import TrainingInterrupted, encode_rows, load_base, training_arguments
 from reftune.training.prefix.switch import PrefixSwitch
+from reftune.training.progress import print_line, seconds_between_lines, time_left
 from reftune.training.row_lengths import check_row_lengths
 from reftune.users.cohort import Cohort, UserRows, computed_tokens
-from reftune.users.store import INDEX_FILE, UserStore, check_user_name
+from reftune.users.names import INDEX_FILE, check_user_name
+from reftune.users.store import UserStore
 
 RESULTS_FILE = "users.jsonl"
 CHECKPOINT_FILE = ".cohort.pt"
@@ -321,7 +323,7 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Any]:
             task = bar.add_task("users", total=total, completed=done)
             yield lambda more: bar.advance(task, more)
         return
-    every = float(os.environ.get("REFTUNE_PROGRESS_SECONDS", "5"))
+    every = seconds_between_lines()
     begun = last = time.monotonic()
     here = 0
 
@@ -330,8 +332,7 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Any]:
         here += more
         left, now = total - done - here, time.monotonic()
         if now - last >= every or not left:
-            seconds, last = round((now - begun) / here * left), now
-            line = f"users {done + here}/{total}  {left} left  {seconds // 60}:{seconds % 60:02d} left"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            last = now
+            print_line(console, f"users {done + here}/{total}  {left} left  {time_left(now - begun, here, left)}")
 
     yield tell

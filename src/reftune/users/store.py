@@ -25,7 +25,6 @@ import os
 import re
 import sqlite3
 import stat
-import unicodedata
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,9 +53,9 @@ from reftune.errors import ReftuneError
 from reftune.output.files import replaced, write_text
 from reftune.output.locks import only_writer
 from reftune.output.targets import check_folder_target
+from reftune.users.names import INDEX_FILE, check_user_name, is_name, is_store
 from reftune.users.shards import Layout, RowDigest, Shard, finite_rows, from_row, layout_of, row_bytes, to_rows
 
-INDEX_FILE = "users.sqlite"
 FORMAT = "1"
 _SCHEMA = (
     "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -65,7 +64,7 @@ _SCHEMA = (
     "WITHOUT ROWID",
 )
 _SIDE_FILES = ("", "-journal", "-wal", "-shm")
-_BASE, _BASE_ROW = "base_model_name_or_path", "__base__"
+_BASE = "base_model_name_or_path"
 _PASSING = {_BASE, "inference_mode", "peft_version", "auto_mapping", "revision", "runtime_config"}
 """Fields of a configuration in which users of one store may differ: none of them says what the edit is."""
 _SHARD_BYTES, _FEWEST_ROWS = 1 << 28, 64
@@ -77,39 +76,6 @@ _BLOCK_BYTES = 1 << 24
 """Of rows that are read at once to verify or to move them."""
 
 
-def is_name(name: str) -> bool:
-    """Whether a text can be an adapter's name: it is no path, is printable, and is not too long."""
-    return (
-        0 < len(name) <= 128
-        and name.isprintable()
-        and name[0] not in ". "
-        and not any(mark in name for mark in "/\\:*")
-    )
-
-
-def check_user_name(name: Any) -> str:
-    """A user's name, checked: the one rule for training, stores and serving.
-
-    Raises:
-        ReftuneError: not text; a path, or a name that files or servers give a meaning; characters that are not seen;
-            more than 128 characters or 255 bytes; not in composed form (NFC), so that it may look like another's.
-    """
-    if not isinstance(name, str):
-        raise ReftuneError(f"user {name!r}: a name is text, not {type(name).__name__}.")
-    shown = name if len(name) <= 128 else f"{name[:40]}..."
-    if not is_name(name) or name[-1] in ". " or name == _BASE_ROW or len(name.encode()) > 255:
-        raise ReftuneError(
-            f"user {shown!r}: a name has 1 to 128 characters that can be seen (255 bytes), none of / \\ : *, does not "
-            f"begin or end with a dot or a space, and is not {_BASE_ROW}; rename the user."
-        )
-    if (composed := unicodedata.normalize("NFC", name)) != name:
-        raise ReftuneError(
-            f"user {name!r} is not in composed form (Unicode NFC), in which it is {composed!r}: two names that look "
-            "alike would be two users. Normalise the names."
-        )
-    return name
-
-
 def user_of(folder: Path) -> tuple[UserStore, str] | None:
     """The store and the name of the user that ``STORE/NAME`` stands for; None where that is no place in a store.
 
@@ -117,11 +83,6 @@ def user_of(folder: Path) -> tuple[UserStore, str] | None:
         ReftuneError: a store that cannot be opened.
     """
     return (_opened(folder.parent), folder.name) if is_store(folder.parent) else None
-
-
-def is_store(folder: Path) -> bool:
-    """Whether a folder is a store of users, as far as its file names say."""
-    return (folder / INDEX_FILE).is_file()
 
 
 class UserStore:

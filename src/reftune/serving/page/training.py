@@ -15,7 +15,7 @@ from pathlib import Path
 from reftune.errors import ReftuneError
 from reftune.output.files import write_text
 from reftune.serving.catalogue import Catalogue
-from reftune.users.store import is_name
+from reftune.users.names import is_name
 
 _STEP = re.compile(r"step (\d+)/(\d+)\s+loss (\S+)")
 _KEPT_LINES = 200
