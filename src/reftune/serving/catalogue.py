@@ -66,6 +66,10 @@ class Catalogue:
         found = self._look()
         return sorted([*found, *(name for name in self._users[1] if name not in self._removed and name not in found)])
 
+    def adapters(self) -> dict[str, Path]:
+        """The adapters that lie in folders of their own, by name: all but the users of stores."""
+        return dict(self._look())
+
     def folder(self, name: str) -> Path | None:
         """Where an adapter lies, or stands for a user; None where there is none of that name (any more)."""
         found = self._look().get(name)

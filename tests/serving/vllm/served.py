@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from reftune.users.store import import_folder
 from tests.serving.vllm.cases import Cases
 
 FLAGS = [
@@ -24,23 +25,25 @@ FLAGS = [
 
 
 class Server:
-    """Started, ended and started again on one port; `adapters` is the folder that it serves."""
+    """Started, ended and started again on one port; it serves the folder `adapters` and the store `users`."""
 
     def __init__(self, cases: Cases, folder: Path, cache: Path):
         self.model, self.cache = cases.model, cache
         self.adapters, self.log = folder / "adapters", folder / "log"
         shutil.copytree(cases.folder / "adapters", self.adapters)
         shutil.rmtree(self.adapters / "lora")
+        self.users = import_folder(folder / "users", self.adapters / "l1", "anna 2")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
 
     def launch(self, *more: str) -> subprocess.Popen[bytes]:
+        folders = [str(self.adapters), str(self.users.path)]
         code = (
             "from reftune.serving.vllm.launch import launch, supported; "
-            f"assert supported({self.model!r}, [{str(self.adapters)!r}]) is None; "
-            f"launch({self.model!r}, [{str(self.adapters)!r}], {self.port}, '127.0.0.1', {[*FLAGS, *more]!r})"
+            f"assert supported({self.model!r}, {folders!r}) is None; "
+            f"launch({self.model!r}, {folders!r}, {self.port}, '127.0.0.1', {[*FLAGS, *more]!r})"
         )
         environment = {
             **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from reftune import ReftuneError
 from reftune.cli.app import app
 from reftune.serving.vllm import launch
+from reftune.users.store import import_folder
 from tests.serving.vllm.cases import Cases
 
 
@@ -40,6 +41,17 @@ def test_a_lora_adapter_among_them_leaves_the_linear_layers_wrapped(written: Cas
     found = flags(launch.command_line(written.model, [written.folder / "adapters"], 1, "::1")[0])
     assert "--lora-target-modules" not in found and found["--max-lora-rank"] == "8"
     assert json.loads(found["--additional-config"])["reftune"]["untied"] is True
+
+
+def test_the_users_of_a_store_get_slots_and_their_store_is_served(written: Cases, tmp_path: Path) -> None:
+    store = import_folder(tmp_path / "users", written.adapter("l1"), "anna")
+    tensors = store.read("anna")
+    store.write({f"user {n}": tensors for n in range(40)})
+    assert launch.unservable_adapter([store.path]) is None
+    command, environment = launch.command_line(written.model, [store.path], 1, "::1")
+    found = flags(command)
+    assert found["--lora-target-modules"] == "none" and 41 <= int(found["--max-loras"]) <= 64
+    assert environment["REFTUNE_ADAPTERS"] == str(store.path)
 
 
 def test_flags_of_the_caller_win(written: Cases, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from reftune.serving.vllm.server import CurrentAdapters, served_path
+from reftune.users.store import import_folder
 from tests.serving.vllm.cases import REFT, Cases, turns
 from tests.serving.vllm.served import Server
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.timeout(400)
 def test_every_adapter_of_the_folder_is_listed_before_it_is_loaded(server: Server) -> None:
     status, listed = server("/v1/models")
     assert status == 200
-    assert sorted(card["id"] for card in listed["data"]) == sorted(["tiny", *REFT])
+    assert sorted(card["id"] for card in listed["data"]) == sorted(["tiny", "anna 2", *REFT])
     assert all(card["parent"] == "tiny" for card in listed["data"] if card["id"] != "tiny")
 
 
@@ -68,6 +69,22 @@ def test_a_strength_before_the_name_is_another_adapter(server: Server, cases: Ca
     status, answer = server.complete("0.5*l1_everywhere", request["prompt"])
     assert status == 200
     assert [answer["choices"][0]["token_ids"]] == cases.expected([request])
+
+
+def test_users_of_a_store_answer_as_their_folders_would(server: Server, cases: Cases) -> None:
+    prompt, base = cases.prompts[0], server.tokens("tiny", cases.prompts[0])
+    [right] = cases.expected([cases.request("l1", prompt, 8)])
+    assert server.tokens("anna 2", prompt) == right != base
+    assert server.tokens("0.5*anna 2", prompt) == server.tokens("0.5*l1", prompt)
+    tensors = server.users.read("anna 2")
+    server.users.write({"anna 2": {name: t if name.endswith("rotation") else -4 * t for name, t in tensors.items()}})
+    assert server.tokens("anna 2", prompt) not in (right, base)
+    server.users.import_folder(server.adapters / "l1", "bob")
+    assert server.tokens("bob", prompt) == right
+    server.users.delete("bob")
+    assert server.complete("bob", prompt)[0] == 404
+    server.users.import_folder(server.adapters / "l1", "anna 2")
+    assert server.tokens("anna 2", prompt) == right
 
 
 def test_answers_are_streamed_under_the_adapters_name(server: Server) -> None:
@@ -155,12 +172,17 @@ def test_beam_search_is_refused_in_words(server: Server, cases: Cases) -> None:
     assert status == 400 and "beam search" in answer["error"]["message"]
 
 
-def test_names_become_folders_with_their_strength_and_nothing_else(written: Cases) -> None:
+def test_names_become_folders_with_their_strength_and_nothing_else(written: Cases, tmp_path: Path) -> None:
     from reftune.serving.catalogue import Catalogue
 
     catalogue = Catalogue([written.folder / "adapters"])
     assert served_path(catalogue, "l1") == written.adapter("l1")
     assert served_path(catalogue, "0.5*l1") == written.adapter("l1") + "*0.5"
+    store = import_folder(tmp_path / "users", written.adapter("l1"), "anna 2")
+    users = Catalogue([store.path])
+    assert [served_path(users, name) for name in ("anna 2", "-0.5*anna 2", "bob")] == [
+        f"{store.path}/anna 2", f"{store.path}/anna 2*-0.5", None
+    ]  # fmt: skip
     assert [served_path(catalogue, name) for name in ("l1 + lora", "../l1", "", "*", "1e9", "2*")] == [None] * 6
 
 
@@ -184,6 +206,20 @@ def test_a_changed_folder_is_taken_up_only_when_it_is_whole(written: Cases, tmp_
     assert "a" not in table
     table["b"] = SimpleNamespace(lora_path=written.adapter("lora"))
     assert "b" in table
+
+
+def test_a_user_who_is_replaced_or_deleted_is_no_longer_loaded(written: Cases, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    store = import_folder(tmp_path / "users", written.adapter("l1"), "anna")
+    table = CurrentAdapters({"anna": SimpleNamespace(lora_path=f"{store.path}/anna*0.5")})
+    store.import_folder(written.adapter("l1"), "bob")
+    assert "anna" in table
+    store.write({"anna": {name: -value for name, value in store.read("anna").items()}})
+    assert "anna" not in table
+    table["bob"] = SimpleNamespace(lora_path=f"{store.path}/bob")
+    store.delete("bob")
+    assert "bob" not in table
 
 
 def test_a_killed_server_starts_again_and_answers_as_before(server: Server, cases: Cases) -> None:

@@ -45,23 +45,17 @@ def supported(model: str, adapters: Sequence[str | Path] = ()) -> str | None:
 
 def unservable_adapter(adapters: Sequence[str | Path]) -> str | None:
     """The first adapter of these folders that vLLM cannot serve, and why; None where it can serve all."""
-    catalogue = Catalogue(adapters)
-    if catalogue.stores:
-        return (
-            f"{catalogue.stores[0].path} is a store of users, and vLLM reads folders (`reftune store export` makes one)"
-        )
-    for name in catalogue.names():
-        config = _config(catalogue, name)
+    for name, config in _configs(Catalogue(adapters)):
         if config.get("peft_type") != "REFT":
             continue
         if config.get("component", "block_output") != "block_output":
-            return f"adapter {name!r}: component={config['component']!r}, and vLLM can edit block_output only"
+            return f"{name}: component={config['component']!r}, and vLLM can edit block_output only"
         if config.get("method") == "gated":
-            return f"adapter {name!r}: method='gated', whose gate is a step, and vLLM can apply linear edits only"
+            return f"{name}: method='gated', whose gate is a step, and vLLM can apply linear edits only"
         if config.get("act_fn") not in (None, "linear"):
-            return f"adapter {name!r}: act_fn={config['act_fn']!r}, and vLLM can apply linear edits only"
+            return f"{name}: act_fn={config['act_fn']!r}, and vLLM can apply linear edits only"
         if beside := trained_beside_edits(config):
-            return f"adapter {name!r}: it replaces weights of the base model ({beside})"
+            return f"{name}: it replaces weights of the base model ({beside})"
     return None
 
 
@@ -114,9 +108,9 @@ def command_line(
         raise ReftuneError(f"{unsafe[0]}: {reason}. Leave it out to serve adapters.")
     folders = [str(Path(folder).expanduser().resolve()) for folder in adapters]
     catalogue = Catalogue(folders)
-    configs = [_config(catalogue, name) for name in catalogue.names()]
+    configs = [config for _, config in _configs(catalogue)]
     reft = [config for config in configs if config.get("peft_type") == "REFT"]
-    slots = str(min(max(MIN_SLOTS, len(configs)), MAX_SLOTS))
+    slots = str(min(max(MIN_SLOTS, len(configs) + sum(map(len, catalogue.stores))), MAX_SLOTS))
     chosen = {"--max-loras": slots, "--max-cpu-loras": str(max(CACHE, 2 * len(configs)))}
     if len(reft) == len(configs):  # with no LoRA adapter to serve, vLLM need not wrap the linear layers
         chosen["--lora-target-modules"] = "none"
@@ -145,11 +139,16 @@ def _command() -> str | None:
     return str(beside) if beside.is_file() else shutil.which("vllm")
 
 
-def _config(catalogue: Catalogue, name: str) -> dict[str, object]:
+def _configs(catalogue: Catalogue) -> list[tuple[str, dict[str, object]]]:
+    """The configurations of all adapters with what each is; the users of a store have one."""
+    folders = [(f"adapter {name!r}", _config(folder)) for name, folder in sorted(catalogue.adapters().items())]
+    return [*folders, *((f"users of {store.path}", store.config) for store in catalogue.stores)]
+
+
+def _config(folder: Path) -> dict[str, object]:
     """An adapter's configuration; empty where it cannot be read: the server says so when it is asked for."""
-    folder = catalogue.folder(name)
     try:
-        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) if folder is not None else {}
+        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

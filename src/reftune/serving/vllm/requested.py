@@ -17,6 +17,7 @@ from reftune.edits import FoldedEdit
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
 from reftune.serving.folded import FoldedAdapter, SiteEdit, read_folded
+from reftune.users.names import is_store
 
 FOLDERS = "REFTUNE_ADAPTERS"
 """Environment variable: the folders whose adapters are served, as in PATH. Where it is set, others are refused."""
@@ -68,10 +69,11 @@ def scaled_path(folder: str, strength: float) -> str:
 
 def is_reft(path: str) -> bool:
     """Whether a path names a ReFT adapter (and not, say, a LoRA adapter, which is vLLM's own affair)."""
-    if path.startswith(SELF_TEST):
+    folder = Path(path.partition("*")[0]).expanduser()
+    if path.startswith(SELF_TEST) or is_store(folder.parent):
         return True
     try:
-        config = json.loads((Path(path.partition("*")[0]).expanduser() / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("peft_type") == "REFT"

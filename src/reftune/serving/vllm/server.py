@@ -12,6 +12,7 @@ from reftune.errors import ReftuneError
 from reftune.serving.catalogue import Catalogue
 from reftune.serving.folded import read_folded
 from reftune.serving.vllm.requested import Requested, is_reft, scaled_path, served_folders, split_scale
+from reftune.users.store import user_of
 
 
 def served_path(catalogue: Catalogue, model: str) -> str | None:
@@ -20,6 +21,8 @@ def served_path(catalogue: Catalogue, model: str) -> str | None:
     Returns:
         The adapter's folder, with its strength; None where there is no such adapter.
     """
+    if (whole := catalogue.folder(model)) is not None:
+        return str(whole)
     try:
         terms = parse_expression(model)
     except ReftuneError:
@@ -30,11 +33,13 @@ def served_path(catalogue: Catalogue, model: str) -> str | None:
 
 
 def signature(path: str) -> tuple[int, ...]:
-    """Of an adapter's files, so that a change is seen; empty where one is missing."""
+    """Of an adapter's files, or of a user of a store, so that a change is seen; empty where one is missing."""
     folder = Path(split_scale(path)[0])
     try:
+        if (user := user_of(folder)) is not None:
+            return (int(user[0].digest(user[1]), 16),)
         stats = [(folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    except OSError:
+    except (OSError, ReftuneError):
         return ()
     return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
 
