@@ -76,5 +76,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "reftune_command" not in sys.modules:  # the command line waits: docs/decisions/0010-quick-to-start.md
+# The command line waits: docs/decisions/0010-quick-to-start.md
+_STARTED_AS_MODULE = sys.argv[:1] == ["-m"] and "-m reftune " in " ".join(sys.orig_argv) + " "
+if "reftune_command" not in sys.modules and not _STARTED_AS_MODULE:
     import reftune.adapter.config  # noqa: F401

@@ -71,6 +71,14 @@ def test_info_reads_an_adapter_with_nothing_heavy_loaded(tmp_path: Path) -> None
     assert not modules & set(HEAVY)
 
 
+def test_the_module_is_the_command_and_loads_nothing_heavy_either() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "reftune", "--version"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"reftune {reftune.__version__}"
+    loaded = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert "reftune.cli.app" in loaded and not loaded & set(HEAVY)
+
+
 def test_where_reftune_is_imported_as_a_library_peft_knows_it_at_once() -> None:
     code = (
         "import reftune, sys; from peft import PeftType; print(PeftType.REFT.value, 'reftune.training' in sys.modules)"

@@ -1,0 +1,5 @@
+"""`python -m reftune`: the command line, for launchers that start modules (`torchrun -m reftune train ...`)."""
+
+from reftune.cli import main
+
+main()
