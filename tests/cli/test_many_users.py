@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from reftune.serving.user_rows import attach_store
 from reftune.users import run as users_run
-from reftune.users.cohort import Cohort
+from reftune.users.cohort import Cohort, SharedPart
 from reftune.users.store import UserStore
 
 ROWS = [("ann", "red?", "yes"), ("bob", "one?", "two"), ("ann", "blue?", "no no"), ("cy", "who?", "me, of course"),
         ("ann", "green?", "yes yes"), ("cy", "where?", "here"), ("bob", "three?", "four"), ("cy", "when?", "now")]  # fmt: skip
 OPTIONS = ("--layers", "1", "--rank", "2", "--epochs", "2", "--batch-size", "2", "--lr", "0.05", "--device", "cpu")
+SHARE = ("--share", "rotation", "--bias-lr", "0.2")
 
 
 def write(path: Path, rows: Any = ROWS) -> Path:
@@ -93,6 +97,37 @@ def test_a_run_that_was_killed_goes_on_in_the_middle_of_a_cohort(
     assert steps == expected  # none of them twice
 
 
+def test_a_shared_part_that_was_killed_goes_on(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(users_run, "_EVERY_SECONDS", -1.0)
+    steps: list[int] = []
+    killed_at: list[int] = []
+    for kind in (SharedPart, Cohort):
+
+        def counted(self: Any, step: Any = kind.step) -> Any:
+            if len(steps) in killed_at:
+                killed_at.remove(len(steps))
+                raise KeyboardInterrupt
+            steps.append(len(self.courses))
+            return step(self)
+
+        monkeypatch.setattr(kind, "step", counted)
+    assert train(*SHARE, "--cohort-tokens", "1", out="whole").exit_code == 0
+    expected = list(steps)
+    assert expected[:8] == [3] * 8 and set(expected[8:]) == {1}
+    steps.clear()
+    killed_at += [6, len(expected) - 1]
+    assert train(*SHARE, "--cohort-tokens", "1").exit_code == 130
+    assert not UserStore.open(tmp_path / "store").has_shared
+    assert train(*SHARE, "--cohort-tokens", "1", "--resume").exit_code == 130
+    assert train(*SHARE, "--cohort-tokens", "1", "--resume").exit_code == 0
+    assert steps == expected
+    assert not list((tmp_path / "store").glob(".*.pt"))
+    whole, resumed = (UserStore.open(tmp_path / name) for name in ("whole", "store"))
+    for user in ("ann", "bob", "cy"):
+        for name, tensor in whole.read(user).items():
+            torch.testing.assert_close(resumed.read(user)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "rows", "told"),
     [
@@ -106,6 +141,9 @@ def test_a_run_that_was_killed_goes_on_in_the_middle_of_a_cohort(
         (("--patience", "2"), ROWS, "patience=2 goes by the held-out loss"),
         (("--eval-fraction", "0.5"), [*ROWS, ("dan", "a?", "b")], "user 'dan': eval_fraction=0.5"),
         (("--resume",), ROWS, "holds no store of users"),
+        (("--bias-lr", "0.1"), ROWS, "--bias-lr=0.1 is the rate of biases beside a shared part: give share too"),
+        (("--share", "all"), ROWS, "--share='all'"),
+        (("--share", "rotation", "--method", "gated"), ROWS, "take a linear edit, such as loreft"),
     ],
 )  # fmt: skip
 def test_what_is_refused_changes_nothing(train: Any, tmp_path: Path, more: Any, rows: Any, told: str) -> None:
@@ -142,3 +180,26 @@ def test_a_store_is_not_written_over_nor_gone_on_with_on_another_base(
     assert train("--overwrite", rows=ROWS[:4]).exit_code == 0
     assert len(UserStore.open(tmp_path / "store")) == 3
     shutil.rmtree(tmp_path / "store")
+
+
+def test_users_share_all_but_a_bias(train: Any, tmp_path: Path, tiny: Path) -> None:
+    result = train(*SHARE)
+    assert result.exit_code == 0, result.output
+    assert "steps of the shared part 8/8" in result.stderr and "users 3/3" in result.stderr
+    store = UserStore.open(tmp_path / "store")
+    assert store.verify() == [] and store.names() == ["ann", "bob", "cy"]
+    assert store.user_bytes == 2 * 4  # one site, r = 2, float32
+    found, shared = [store.read(user) for user in store.names()], store.shared()
+    for name, tensor in shared.items():
+        assert all(torch.equal(user[name], tensor) for user in found) == (not name.endswith(".bias"))
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]] * 2)}
+    with attach_store(base, store):
+        served = base(**inputs, adapter_names=["ann", "bob"]).logits
+    for index, user in enumerate(("ann", "bob")):
+        store.export(user, tmp_path / user)
+        loaded = PeftModel.from_pretrained(base, tmp_path / user)
+        for name, tensor in get_peft_model_state_dict(loaded).items():
+            assert torch.equal(tensor, store.read(user)[name])
+        torch.testing.assert_close(loaded(**inputs).logits[index], served[index], rtol=1e-5, atol=1e-5)
+        base = loaded.unload()

@@ -33,8 +33,8 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "title": ("name",),
 }
 _ONE_RUN = (
-    "resume", "overwrite", "show", "tensorboard", "wandb", "log_every", "adapter_column", "cohort_tokens", "patience",
-    "objective", "factors",
+    "resume", "overwrite", "show", "tensorboard", "wandb", "log_every", "adapter_column", "share", "bias_lr",
+    "cohort_tokens", "patience", "objective", "factors",
 )  # fmt: skip
 """Keys of TrainRecipe that say how one run is watched; a comparison has its own ways."""
 

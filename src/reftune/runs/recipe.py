@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 EDITS = ("consreft", "direft", "direft_orthogonal", "gated", "lobireft", "loreft", "nodireft", "noreft")
 """The library's own edits, for the help: `available_edits()` without importing torch."""
+BIAS_RATE = 25.0
+"""How many times the learning rate of what users share suits their biases (measured: docs/how-to/many-users.md)."""
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
 _LIMITS = {
@@ -216,6 +218,12 @@ class TrainRecipe:
         None, "Users", "Column that says whose row it is: every user gets an edit, in the store --output.",
         aka=("users", "user_column"),
     )  # fmt: skip
+    share: Literal["rotation"] | None = _option(
+        None, "Users", "'rotation': learn R and W once, on all users' rows, and then a bias of each user alone."
+    )
+    bias_lr: float | None = _option(
+        None, "Users", f"With --share: peak learning rate of the biases; default: {BIAS_RATE:g} times --lr.", "per step"
+    )
     cohort_tokens: int | None = _option(
         None, "Users", "Tokens of a forward, which decide how many users train together; default: 512, on a GPU 8192.",
         "tokens", least=1,
@@ -246,8 +254,8 @@ class TrainRecipe:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ReftuneError(f"{name}={value}: must be at least {least} and at most {most:,}.")
-        for name, most in (("epochs", 1_000_000), ("lr", 100)):
-            if not 0 < getattr(self, name) <= most:
+        for name, most in (("epochs", 1_000_000), ("lr", 100), ("bias_lr", 100_000)):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= most:
                 raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0 and at most {most:,}.")
         for name in ("eval_fraction", "warmup_ratio", "dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -266,9 +274,12 @@ class TrainRecipe:
         if self.patience is not None and not self.eval_file and not self.eval_fraction:
             raise ReftuneError(f"patience={self.patience} goes by the held-out loss: give eval_file or eval_fraction.")
         if self.adapter_column is None:
-            if self.cohort_tokens is not None:
-                raise ReftuneError(f"cohort_tokens={self.cohort_tokens} is of many users: give adapter_column too.")
+            for name in ("cohort_tokens", "share", "bias_lr"):
+                if (value := getattr(self, name)) is not None:
+                    raise ReftuneError(f"{name}={value!r} is of many users: give adapter_column too.")
             return
+        if self.bias_lr is not None and self.share is None:
+            raise ReftuneError(f"bias_lr={self.bias_lr:g} is the rate of biases beside a shared part: give share too.")
         unfit = {
             "task": self.task == "classification" and "classifiers are trained one by one",
             "optimizer": self.optimizer not in (None, "adamw_torch") and "each user's steps are AdamW's; leave it out",

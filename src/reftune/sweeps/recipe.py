@@ -24,7 +24,8 @@ from reftune.runs.recipe_values import (
 from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
 
 _NOT_IN_A_SWEEP = (
-    "metric", "resume", "show", "adapter_column", "cohort_tokens", "patience", "objective", "factors",
+    "metric", "resume", "show", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
+    "factors",
 )  # fmt: skip
 """Fields of TrainRecipe that a sweep has otherwise or not at all."""
 _NOT_SEARCHED = {

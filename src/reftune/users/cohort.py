@@ -70,14 +70,33 @@ class Course:
     stopped: bool = False
     _epoch: list[int] = field(default_factory=list)
 
-    def next_rows(self) -> list[Row]:
-        """The rows of the next step."""
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the steps taken are whole epochs, or all."""
+        return self.done % self.per_epoch == 0 or self.done == self.total
+
+    def next_rows(self) -> list[int]:
+        """The rows of the next step, by number."""
         epoch, step = divmod(self.done, self.per_epoch)
         if step == 0 or not self._epoch:
             self.order.set_epoch(epoch)
             self._epoch = list(self.order)
         size = self.order.batch_size
-        return [self.rows.train[index] for index in self._epoch[step * size : (step + 1) * size]]
+        return self._epoch[step * size : (step + 1) * size]
+
+    def take(self, loss: float) -> None:
+        """Count a step."""
+        self.done, self.loss_sum = self.done + 1, self.loss_sum + loss
+        self.stopped = self.done == self.total
+
+    def judge(self, loss: float, patience: int | None) -> bool:
+        """Note a held-out loss; returns whether it is the least, and stops whoever has got no better for long."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.worse = loss, self.done, 0
+            return True
+        self.worse += 1
+        self.stopped |= patience is not None and self.worse >= patience
+        return False
 
     def result(self) -> dict[str, Any]:
         """What the training came to."""
@@ -92,6 +111,11 @@ class Course:
         """What changes in training."""
         names = ("done", "loss_sum", "best_loss", "best_step", "worse", "stopped")
         return {name: getattr(self, name) for name in names}
+
+    def load(self, record: Mapping[str, Any]) -> None:
+        """Go on from a ``record``."""
+        for name, value in record.items():
+            setattr(self, name, value)
 
 
 class Cohort:
@@ -110,6 +134,7 @@ class Cohort:
         prefixes: what is computed once; it may serve one cohort after another.
         tokens: most tokens of one forward and its backward, where one user's batch does not alone hold more.
         patience: stop a user after so many evaluations without a lower held-out loss; None: never.
+        shared: whether the users' biases alone are their own (and all else is not trained here).
 
     Raises:
         ReftuneError: settings or a model with which users cannot be trained together.
@@ -124,6 +149,7 @@ class Cohort:
         prefixes: PrefixSwitch,
         tokens: int | None = None,
         patience: int | None = None,
+        shared: bool = False,
     ) -> None:
         if (reason := unsupported_reason(model) or _unsupported(args)) is not None:
             raise ReftuneError(f"Users cannot be trained together: {reason}.")
@@ -132,12 +158,13 @@ class Cohort:
         self.device = next(model.parameters()).device
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.courses = [self._course(rows) for rows in users]
-        self.stack = Stack(model, len(users))
-        decayed = set(ReftTrainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-        self.optimizer = RowAdamW(
-            list(self.stack.parameters.values()), [name in decayed for name in self.stack.parameters], len(users), args
-        )
+        self.stack = Stack(model, len(users), shared)
+        self.optimizer = self._optimizer(self.stack.parameters, len(users))
         self.best = self.optimizer.rows()
+
+    def _optimizer(self, parameters: Mapping[str, nn.Parameter], users: int) -> RowAdamW:
+        decayed = set(ReftTrainer.get_decay_parameter_names(None, self.model))  # type: ignore[arg-type]
+        return RowAdamW(list(parameters.values()), [name in decayed for name in parameters], users, self.args)
 
     def _course(self, user: UserRows) -> Course:
         if not user.train:
@@ -167,13 +194,16 @@ class Cohort:
         while self.active:
             self.step()
             after_step()
+        self._take_best()
+        self.model.eval()
+
+    def _take_best(self) -> None:
         held_out = [user for user, course in enumerate(self.courses) if course.best_loss is not None]
         if held_out:
             users = torch.tensor(held_out, device=self.device)
             self.optimizer.set_rows(users, self.best[users])
-        self.model.eval()
 
-    def step(self) -> Float[Tensor, " users"]:
+    def step(self) -> Float[Tensor, " losses"]:
         """One step of everybody who is not done.
 
         Returns:
@@ -184,7 +214,7 @@ class Cohort:
         """
         active = self.active
         self.model.train()
-        batches = {user: self.courses[user].next_rows() for user in active}
+        batches = {user: [self.courses[user].rows.train[i] for i in self.courses[user].next_rows()] for user in active}
         rows = [(user, row) for user in active for row in batches[user]]
         learnt = torch.tensor([sum(map(_learnt, batches.get(user, ()))) or 1 for user in range(self.stack.users)])
         losses = torch.zeros(self.stack.users, device=self.device)
@@ -197,15 +227,9 @@ class Cohort:
         self.optimizer.step(users, self.optimizer.mean.new_tensor(rates))
         self._refuse_divergence(losses, active)
         for user, loss in zip(active, losses[users].tolist(), strict=True):
-            course = self.courses[user]
-            course.done, course.loss_sum = course.done + 1, course.loss_sum + loss
-            course.stopped = course.done == course.total
-        self._evaluate([user for user in active if self._ends_epoch(self.courses[user])])
+            self.courses[user].take(loss)
+        self._evaluate([user for user in active if self.courses[user].ends_epoch and self.courses[user].rows.held_out])
         return losses
-
-    def _ends_epoch(self, course: Course) -> bool:
-        ends = course.done % course.per_epoch == 0 or course.done == course.total
-        return ends and bool(course.rows.held_out)
 
     def _evaluate(self, users: list[int]) -> None:
         """The held-out losses of some users; their best edits are kept, and whoever has got no better is stopped."""
@@ -213,13 +237,8 @@ class Cohort:
             return
         now = self.optimizer.rows()
         for user, loss in zip(users, self.held_out_losses(users), strict=True):
-            course = self.courses[user]
-            if course.best_loss is None or loss < course.best_loss:
-                course.best_loss, course.best_step, course.worse = loss, course.done, 0
+            if self.courses[user].judge(loss, self.patience):
                 self.best[user] = now[user]
-            else:
-                course.worse += 1
-                course.stopped |= self.patience is not None and course.worse >= self.patience
 
     @torch.no_grad()
     def held_out_losses(self, users: Sequence[int]) -> list[float]:
@@ -275,16 +294,13 @@ class Cohort:
         owners = groups.to(losses.device)[found.rows.to(losses.device)]
         return losses.new_zeros(count or self.stack.users).index_add(0, owners, losses)
 
-    def _refuse_divergence(self, losses: Tensor, active: list[int]) -> None:
+    def _refuse_divergence(self, losses: Tensor, active: Sequence[int]) -> None:
         fine = torch.isfinite(losses) & torch.isfinite(self.optimizer.mean).all(dim=1)
         for parameter in self.optimizer.parameters:
             fine &= torch.isfinite(parameter.detach()).view(self.stack.users, -1).all(dim=1)
         if not bool(fine.all()):
             user = self.courses[next(user for user in active if not fine[user])]
-            raise ReftuneError(
-                f"Training of user {user.rows.name!r} diverged at step {user.done + 1}. Lower the learning rate "
-                f"({self.args.learning_rate:g}), warm it up, or use float32."
-            )
+            raise _diverged(f"user {user.rows.name!r}", user.done + 1, self.args.learning_rate)
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs to go on to the bit (but for what prefix reuse rounds)."""
@@ -300,17 +316,103 @@ class Cohort:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up where ``state`` was."""
         for course, record in zip(self.courses, state["courses"], strict=True):
-            for name, value in record.items():
-                setattr(course, name, value)
-        self.optimizer.set_rows(torch.arange(self.stack.users), state["rows"].to(self.device))
-        self.best = state["best"].to(self.device)
-        for name, tensor in self.optimizer.state().items():
-            tensor.copy_(state[name])
+            course.load(record)
+        self.best = _load(self.optimizer, state)
         torch.set_rng_state(state["random"])
 
-    def remove(self) -> None:
-        """Put the model's own adapter back."""
-        self.stack.remove()
+    def remove(self, learnt: bool = False) -> None:
+        """Put the model's own adapter back, with what users learnt in common where that is asked for."""
+        self.stack.remove(learnt)
+
+
+class SharedPart(Cohort):
+    """Trains what users have in common, and a bias of each, on the rows of all as one file.
+
+    A step takes the next rows of everybody's, in the order and with the loss that `ReftTrainer` has for such a file,
+    the mean over the tokens of the batch. Then the shared tensors take a step of AdamW, clipped by themselves; and so
+    does the bias of every user who has rows in the batch, with moments and a count of its own, so that how many others
+    there are does not matter to it. The held-out loss is the mean of the users'; the best epoch is kept.
+
+    Args:
+        bias_lr: the biases' peak learning rate; ``args.learning_rate`` is the shared tensors'.
+
+    ``remove(learnt=True)`` leaves the shared tensors and the users' mean bias in the model's adapter.
+
+    Raises:
+        ReftuneError: as ``Cohort``, or edits without a bias of their own.
+    """
+
+    def __init__(self, *args: Any, bias_lr: float, **options: Any) -> None:
+        super().__init__(*args, **options, shared=True)
+        users = [course.rows for course in self.courses]
+        self.rows = [(number, row) for number, user in enumerate(users) for row in user.train]
+        self.course = self._course(UserRows("", [row for _, row in self.rows]))
+        self.bias_rates = [rate * bias_lr / self.args.learning_rate for rate in self.course.rates]
+        self.common = self._optimizer(self.stack.common, 1)
+        self.best_common = self.common.rows()
+
+    @property
+    def active(self) -> list[int]:
+        """Whether there are further steps to take: everybody, or nobody."""
+        return [] if self.course.stopped else list(range(self.stack.users))
+
+    def step(self) -> Float[Tensor, " losses"]:
+        """One step; returns its loss.
+
+        Raises:
+            ReftuneError: as ``Cohort``.
+        """
+        self.model.train()
+        rows = [self.rows[index] for index in self.course.next_rows()]
+        learnt, loss = sum(_learnt(row) for _, row in rows) or 1, torch.zeros(1, device=self.device)
+        for part in self._forwards(rows):
+            found = self._loss_sums(part, torch.zeros(len(part), dtype=torch.long), 1) / learnt
+            found.sum().backward()
+            loss = loss + found.detach()
+        users = torch.tensor(sorted({user for user, _ in rows}), device=self.device)
+        done, like = self.course.done, self.optimizer.mean
+        self.optimizer.step(users, like.new_full((len(users),), self.bias_rates[done]))
+        self.common.step(users.new_zeros(1), like.new_full((1,), self.course.rates[done]))
+        if not all(bool(found.isfinite().all()) for found in (loss, self.common.mean, self.common.rows())):
+            raise _diverged("the shared part", done + 1, self.args.learning_rate)
+        self._refuse_divergence(loss.expand(self.stack.users), users.tolist())
+        self.course.take(loss.item())
+        if self.course.ends_epoch and self.courses[0].rows.held_out:
+            losses = self.held_out_losses(range(self.stack.users))
+            if self.course.judge(sum(losses) / len(losses), self.patience):
+                self.best, self.best_common = self.optimizer.rows(), self.common.rows()
+        return loss
+
+    def _take_best(self) -> None:
+        if self.course.best_loss is not None:
+            self.optimizer.set_rows(torch.arange(self.stack.users, device=self.device), self.best)
+            self.common.set_rows(torch.zeros(1, dtype=torch.long, device=self.device), self.best_common)
+
+    def state(self) -> dict[str, Any]:
+        """As for ``Cohort``."""
+        common = {"rows": self.common.rows(), "best": self.best_common, **self.common.state()}
+        return {**super().state(), "course": self.course.record(), "common": common}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As for ``Cohort``."""
+        super().load_state(state)
+        self.course.load(state["course"])
+        self.best_common = _load(self.common, state["common"])
+
+
+def _load(optimizer: RowAdamW, state: Mapping[str, Any]) -> Tensor:
+    """Give an optimizer and its parameters what a state holds; returns the best rows."""
+    device = optimizer.mean.device
+    optimizer.set_rows(torch.arange(optimizer.users, device=device), state["rows"].to(device))
+    for name, tensor in optimizer.state().items():
+        tensor.copy_(state[name])
+    return state["best"].to(device)
+
+
+def _diverged(who: str, step: int, rate: float) -> ReftuneError:
+    return ReftuneError(
+        f"Training of {who} diverged at step {step}. Lower the learning rate ({rate:g}), warm it up, or use float32."
+    )
 
 
 def learning_rates(args: Any, steps: int) -> list[float]:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,21 +31,21 @@ from reftune.output.locks import only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
 from reftune.runs.fingerprint import FINGERPRINT_FILE, base_digest, check_resumed, fingerprint, write_fingerprint
 from reftune.runs.output_folder import METRICS_FILE, readable_disk_errors, write_recipe
-from reftune.runs.recipe import RUN_FILE, TrainRecipe
+from reftune.runs.recipe import BIAS_RATE, RUN_FILE, TrainRecipe
 from reftune.runs.steps import TrainingInterrupted, encode_rows, load_base, training_arguments
 from reftune.training.prefix.switch import PrefixSwitch
 from reftune.training.progress import print_line, seconds_between_lines, time_left
 from reftune.training.row_lengths import check_row_lengths
-from reftune.users.cohort import Cohort, UserRows, computed_tokens
+from reftune.users.cohort import Cohort, SharedPart, UserRows, computed_tokens
 from reftune.users.names import INDEX_FILE, check_user_name
 from reftune.users.store import UserStore
 
 RESULTS_FILE = "users.jsonl"
-CHECKPOINT_FILE = ".cohort.pt"
+CHECKPOINT_FILE, SHARED_CHECKPOINT_FILE = ".cohort.pt", ".shared.pt"
 _EVERY_SECONDS = 30.0
 """Between two checkpoints of a cohort."""
 _TOKENS, _TOKENS_ON_A_GPU = 512, 8192
-_OURS = (RUN_FILE, FINGERPRINT_FILE, METRICS_FILE, RESULTS_FILE, CHECKPOINT_FILE)
+_OURS = (RUN_FILE, FINGERPRINT_FILE, METRICS_FILE, RESULTS_FILE, CHECKPOINT_FILE, SHARED_CHECKPOINT_FILE)
 _STORES = (f"{INDEX_FILE}*", "users-*.safetensors", "shared-*.safetensors")
 
 
@@ -88,17 +88,14 @@ def run_users(recipe: TrainRecipe, console: Console | None = None) -> UsersRun:
     users, found = _encoded(recipe, model, tokenizer, examples)
     found = {**found, "model": digest}
     begun = time.monotonic()
-    args = training_arguments(
-        replace(recipe, tensorboard=False), output, max(len(user.train) for user in users), bool(users[0].held_out)
-    )
     prefixes = PrefixSwitch(recipe.prefix_reuse, None, [user.train for user in users])
-    training = _Training(recipe, model, args, tokenizer.pad_token_id, prefixes, output)
+    training = _Training(recipe, model, tokenizer.pad_token_id, prefixes, output, users)
     with readable_disk_errors(output):
-        Cohort(model, users[:1], args, tokenizer.pad_token_id, prefixes).remove()  # what it refuses, before any change
+        training.cohort(users[:1]).remove()  # what it refuses, before any change
         store = _begin(recipe, output, model, found)
         with only_writer(output):
             try:
-                training.run(store, users, console)
+                training.run(store, console)
             except KeyboardInterrupt as interrupt:
                 raise TrainingInterrupted(
                     f"Interrupted: {len(store)} of {len(users)} users are in {output}. Go on with: reftune train "
@@ -246,10 +243,25 @@ def _metrics(output: Path, users: Sequence[UserRows], training: _Training, secon
 class _Training:
     recipe: TrainRecipe
     model: PeftModel
-    args: Any
     pad_token_id: int
     prefixes: PrefixSwitch
     output: Path
+    users: Sequence[UserRows]
+
+    def __post_init__(self) -> None:
+        recipe = replace(self.recipe, tensorboard=False)
+        rows, evaluates = max(len(user.train) for user in self.users), bool(self.users[0].held_out)
+        self.bias_lr = recipe.bias_lr or BIAS_RATE * recipe.lr
+        self.shared_args = training_arguments(recipe, self.output, rows, evaluates)
+        own = {} if recipe.share is None else {"learning_rate": self.bias_lr}
+        self.args = training_arguments(recipe, self.output, rows, evaluates, **own)
+
+    def cohort(self, users: Sequence[UserRows]) -> Cohort:
+        """Some users, to be trained together."""
+        return Cohort(
+            self.model, users, self.args, self.pad_token_id, self.prefixes, self.tokens, self.recipe.patience,
+            shared=self.recipe.share is not None,
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -257,11 +269,15 @@ class _Training:
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         return self.recipe.cohort_tokens or (_TOKENS if on_cpu else _TOKENS_ON_A_GPU)
 
-    def run(self, store: UserStore, users: Sequence[UserRows], console: Console) -> None:
-        """Train whoever is not in the store yet."""
+    def run(self, store: UserStore, console: Console) -> None:
+        """Train whoever is not in the store yet; first what they share, where that is not there."""
+        if self.recipe.share is not None:
+            if not store.has_shared:
+                self.share(store, console)
+            use_shared(self.model, store)
         there = set(store.names())
-        left = [user for user in users if user.name not in there]
-        with _progress(console, len(users), len(users) - len(left)) as advance:
+        left = [user for user in self.users if user.name not in there]
+        with _progress(console, "users", len(self.users), len(self.users) - len(left)) as advance:
             for some in self.cohorts(left):
                 self.prefixes.next_pass()
                 self.train(store, some)
@@ -284,27 +300,26 @@ class _Training:
         if found:
             yield found
 
+    def share(self, store: UserStore, console: Console) -> None:
+        """Train what users share, and put it into the store, with their mean bias to begin with."""
+        shared = SharedPart(
+            self.model, self.users, self.shared_args, self.pad_token_id, self.prefixes, self.tokens,
+            self.recipe.patience, bias_lr=self.bias_lr,
+        )  # fmt: skip
+        try:
+            run = _resumed(shared, self.output / SHARED_CHECKPOINT_FILE)
+            with _progress(console, "steps of the shared part", shared.course.total, shared.course.done) as advance:
+                run(lambda: advance(1))
+        finally:
+            shared.remove(learnt=shared.course.stopped)
+        store.write_shared(get_peft_model_state_dict(self.model))
+        (self.output / SHARED_CHECKPOINT_FILE).unlink(missing_ok=True)
+
     def train(self, store: UserStore, users: list[UserRows]) -> None:
         """Train a cohort, from its checkpoint where there is one, and put it into the store."""
-        checkpoint = self.output / CHECKPOINT_FILE
-        cohort = Cohort(
-            self.model, users, self.args, self.pad_token_id, self.prefixes, self.tokens, self.recipe.patience
-        )
+        cohort = self.cohort(users)
         try:
-            if checkpoint.is_file():
-                state = torch.load(checkpoint, weights_only=True)
-                if state["users"] == [user.name for user in users]:
-                    cohort.load_state(state)
-            saved = time.monotonic()
-
-            def save_now_and_then() -> None:
-                nonlocal saved
-                if time.monotonic() - saved > _EVERY_SECONDS:
-                    with replaced(checkpoint) as partial:
-                        torch.save(cohort.state(), partial)
-                    saved = time.monotonic()
-
-            cohort.run(save_now_and_then)
+            _resumed(cohort, self.output / CHECKPOINT_FILE)(lambda: None)
             with (self.output / RESULTS_FILE).open("a", encoding="utf-8") as results:
                 results.writelines(json.dumps(course.result()) + "\n" for course in cohort.courses)
                 results.flush()
@@ -314,13 +329,42 @@ class _Training:
             cohort.remove()
 
 
+def use_shared(model: PeftModel, store: UserStore) -> None:
+    """Give a model's adapter what a store's users share, of which training changes the bias alone."""
+    set_peft_model_state_dict(model, store.shared())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.endswith(".bias"))
+
+
+def _resumed(cohort: Cohort, checkpoint: Path) -> Callable[[Callable[[], None]], None]:
+    """A cohort at its checkpoint, where that is there: what trains it to the end, and writes one now and then."""
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["users"] == [course.rows.name for course in cohort.courses]:
+            cohort.load_state(state)
+    saved = time.monotonic()
+
+    def run(after_step: Callable[[], None]) -> None:
+        def save_now_and_then() -> None:
+            nonlocal saved
+            after_step()
+            if time.monotonic() - saved > _EVERY_SECONDS:
+                with replaced(checkpoint) as partial:
+                    torch.save(cohort.state(), partial)
+                saved = time.monotonic()
+
+        cohort.run(save_now_and_then)
+
+    return run
+
+
 @contextmanager
-def _progress(console: Console, total: int, done: int) -> Iterator[Any]:
-    """Users done and time left: a bar on a terminal, else a line now and then."""
+def _progress(console: Console, what: str, total: int, done: int) -> Iterator[Any]:
+    """What is done and the time left: a bar on a terminal, else a line now and then."""
     if console.is_terminal:
-        columns = TextColumn("users"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("users", total=total, completed=done)
+            task = bar.add_task(what, total=total, completed=done)
             yield lambda more: bar.advance(task, more)
         return
     every = seconds_between_lines()
@@ -333,6 +377,6 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Any]:
         left, now = total - done - here, time.monotonic()
         if now - last >= every or not left:
             last = now
-            print_line(console, f"users {done + here}/{total}  {left} left  {time_left(now - begun, here, left)}")
+            print_line(console, f"{what} {done + here}/{total}  {left} left  {time_left(now - begun, here, left)}")
 
     yield tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,56 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from reftune.edits import Edit
+from reftune.edits.base import compute_dtype, without_autocast
 from reftune.engine.hooks import Engine
 from reftune.errors import ReftuneError
 from reftune.training.supervised_logits import plain_model
+
+
+class OneForAll(Edit):
+    """A copy of one edit in which every user has a bias, and all the rest in common.
+
+    h + P^T(Wh + b_u): a row's directions, one a user, say whose bias b_u it takes. Source: PerFit (ICLR 2026), BOReFT
+    (arXiv 2609.33722), with LoReFT's W - R for W.
+
+    Args:
+        edit: linear, with a bias of r numbers; every user starts with its.
+        users: how many.
+
+    Attributes:
+        shared: the copy, whose own bias is zero and stays so.
+        biases: (users, r).
+
+    Raises:
+        ReftuneError: an edit that is no such one.
+    """
+
+    def __init__(self, edit: nn.Module, users: int) -> None:
+        if not isinstance(edit, Edit) or not edit.folds or type(edit).change is not Edit.change:
+            raise ReftuneError(f"{edit} has no bias of its own to be each user's: take a linear edit, such as loreft")
+        bias = dict(edit.named_parameters()).get("bias")
+        if bias is None or bias.shape != (edit.r,):
+            raise ReftuneError(f"{type(edit).__name__} has no bias of r numbers to be each user's: take loreft")
+        super().__init__(edit.width, edit.r, dropout=edit.dropout)
+        self.shared = copy.deepcopy(edit)
+        self.shared.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+        self.biases = nn.Parameter(bias.detach().repeat(users, 1))
+        self.r = users
+
+    def delta(
+        self, h: Float[Tensor, "*rows width"], directions: Float[Tensor, "*#rows r"] | None = None
+    ) -> Float[Tensor, "*rows width"]:
+        """As for ``Edit``; without ``directions`` no bias is added."""
+        with without_autocast(h.device.type):
+            x = h.to(compute_dtype(h))
+            coordinates, basis = self.shared.coordinates(x)
+            if directions is not None:
+                coordinates = coordinates + directions.to(x.dtype) @ self.biases.to(x.dtype)
+            return coordinates @ basis
+
+    def mean(self) -> dict[str, Tensor]:
+        """The tensors of the edit with the users' mean bias."""
+        return {**self.shared.state_dict(), "bias": self.biases.detach().mean(0)}
 
 
 class Stack:
@@ -25,15 +73,17 @@ class Stack:
     Args:
         model: a PEFT model with one ReFT adapter.
         users: how many.
+        shared: whether they share all but the bias (``OneForAll``).
 
     Attributes:
-        parameters: the stacked ones by their names in the model.
+        parameters: the users' own by their names in the model, (users * n, ...).
+        common: those that they share and that are trained, likewise.
 
     Raises:
         ReftuneError: edits that cannot be stacked.
     """
 
-    def __init__(self, model: Any, users: int) -> None:
+    def __init__(self, model: Any, users: int, shared: bool = False) -> None:
         self.model, self.users, self.name = model, users, model.active_adapter
         self._before: list[tuple[Any, nn.Module]] = []
         engine = Engine.of(plain_model(model))
@@ -47,12 +97,17 @@ class Stack:
         for _, edit in found:
             if not isinstance(edit, Edit):
                 raise ReftuneError(f"{type(edit).__name__} cannot be trained for many users at once: it is no Edit")
-        stacked = [(edits, edit, edit.stacked(users)) for edits, edit in found]  # type: ignore[operator]
-        for edits, edit, several in stacked:
+        several: list[Edit] = [
+            OneForAll(edit, users) if shared else edit.stacked(users)  # type: ignore[operator]
+            for _, edit in found
+        ]
+        for (edits, edit), made in zip(found, several, strict=True):
             self._before.append((edits, edit))
-            edits[self.name] = several.train(edit.training)
-        self.r = int(stacked[0][1].r)  # type: ignore[arg-type]
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            edits[self.name] = made.train(edit.training)
+        self.r, self.shared = several[0].r // users, shared
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in trained.items() if not shared or name.endswith(".biases")}
+        self.common = {name: p for name, p in trained.items() if name not in self.parameters}
 
     def directions(self, owners: Int[Tensor, " batch"]) -> Bool[Tensor, "batch directions"]:
         """Which directions act on each row of a batch, given whose rows they are."""
@@ -60,13 +115,19 @@ class Stack:
         return mine.repeat_interleave(self.r, dim=1)
 
     def stacked_tensors(self) -> dict[str, Tensor]:
-        """The users' tensors, (users, ...), by the names that they have in an adapter's file."""
+        """The users' own tensors, (users, ...), by the names that they have in an adapter's file."""
         found: dict[str, Tensor] = get_peft_model_state_dict(self.model, adapter_name=self.name)
+        if self.shared:
+            own = {name.removesuffix("es"): tensor for name, tensor in found.items() if name.endswith(".biases")}
+            return {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
         return {name: tensor.detach().cpu().unflatten(0, (self.users, -1)).clone() for name, tensor in found.items()}
 
-    def remove(self) -> None:
-        """Put back the adapter's own edits, as they were."""
+    def remove(self, learnt: bool = False) -> None:
+        """Put back the adapter's own edits: as they were, or with what was learnt in common and the mean bias."""
         for edits, edit in self._before:
+            several = edits[self.name]
+            if learnt and isinstance(several, OneForAll):
+                edit.load_state_dict(several.mean())
             edits[self.name] = edit
 
 
@@ -97,9 +158,9 @@ class RowAdamW:
         """What a checkpoint keeps; its tensors may be written to."""
         return {"mean": self.mean, "square": self.square, "steps": self.steps}
 
-    def rows(self) -> Float[Tensor, "users numbers"]:
-        """A copy of the parameters, a user's in one row."""
-        return torch.cat([p.detach().reshape(self.users, -1) for p in self.parameters], dim=1)
+    def rows(self, users: Int[Tensor, " some"] | slice = slice(None)) -> Float[Tensor, "some numbers"]:
+        """A copy of the parameters of some users or of all, a user's in one row."""
+        return torch.cat([p.detach().reshape(self.users, -1)[users] for p in self.parameters], dim=1)
 
     @torch.no_grad()
     def set_rows(self, users: Int[Tensor, " some"], values: Float[Tensor, "some numbers"]) -> None:
@@ -117,7 +178,7 @@ class RowAdamW:
         """
         args, rates = self.args, rates.unsqueeze(1)
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        grads = torch.cat([grad.reshape(self.users, -1) for grad in found], dim=1)[users]
+        grads = torch.cat([grad.reshape(self.users, -1)[users] for grad in found], dim=1)
         if args.max_grad_norm:
             norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
             grads = grads * (args.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -127,7 +188,7 @@ class RowAdamW:
         square = self.square[users] * args.adam_beta2 + (1 - args.adam_beta2) * grads * grads
         self.mean[users], self.square[users] = mean, square
         root = square.sqrt() / (1 - args.adam_beta2**count).sqrt() + args.adam_epsilon
-        values = self.rows()[users] * (1 - rates * self.decay)
+        values = self.rows(users) * (1 - rates * self.decay)
         self.set_rows(users, values - rates / (1 - args.adam_beta1**count) * mean / root)
         for parameter in self.parameters:
             parameter.grad = None

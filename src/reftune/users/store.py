@@ -14,7 +14,8 @@ a process that is killed at any point loses nothing that was saved. A second wri
 for nobody. Every user has a digest in the index, of name and bytes, that is compared at each reading: what somebody
 else changed is refused, and never given out as another user's (see docs/decisions/0012).
 
-With a *shared part* (``write_shared``), a user has only what is not in it, and ``read`` gives both.
+With a *shared part* (``write_shared``), a user has only what is not in it, and ``read`` gives both. Biases are a user's
+own in any case: those of the shared part are where a new user's training begins.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ _SIDE_FILES = ("", "-journal", "-wal", "-shm")
 _BASE = "base_model_name_or_path"
 _PASSING = {_BASE, "inference_mode", "peft_version", "auto_mapping", "revision", "runtime_config"}
 """Fields of a configuration in which users of one store may differ: none of them says what the edit is."""
+_OWN = ".bias"
+"""How a tensor's name ends that is a user's own, whatever the shared part holds."""
 _SHARD_BYTES, _FEWEST_ROWS = 1 << 28, 64
 _OPEN_FILES = 128
 _OURS = re.compile(r"users-\d{6,}\.safetensors|shared-[0-9a-f]{32}\.safetensors")
@@ -180,8 +183,7 @@ class UserStore:
     @property
     def shared_bytes(self) -> int:
         """Bytes of the part that all users share."""
-        with self._reading():
-            return sum(tensor.nbytes for tensor in self._shared(self._known["shared"]).values())
+        return sum(tensor.nbytes for tensor in self.shared().values())
 
     @property
     def signature(self) -> tuple[int, ...]:
@@ -191,6 +193,15 @@ class UserStore:
         except OSError:
             return ()
         return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def shared(self) -> dict[str, Tensor]:
+        """The part that all users share, and the biases that new users begin with; empty where there is none.
+
+        Raises:
+            ReftuneError: a file that is missing, damaged, of another store, or not as it was written.
+        """
+        with self._reading():
+            return self._shared(self._known["shared"])
 
     def names(self) -> Sequence[str]:
         """The users, sorted by the bytes of their names."""
@@ -549,6 +560,7 @@ class UserStore:
         self, names: Sequence[str], tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """What users hold beside the shared part, whose tensors must be the store's where they are given."""
+        shared = {key: part for key, part in shared.items() if not key.endswith(_OWN)}
         for key, tensor in tensors.items():
             if key in shared and not (
                 tensor.dtype == shared[key].dtype and bool((tensor.detach().cpu() == shared[key]).all())
