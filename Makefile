@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait asleep: on a busy machine spinning ones take the time of those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-page test-oldest test-vllm check format bench docs
+.PHONY: demo test test-page test-oldest test-vllm check format bench docs dist sbom
 
 # torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
 # Bundled weights come without their runtimes: docs/decisions/0001-bundled-weights-without-their-runtime.md
@@ -70,3 +70,17 @@ bench: $(READY)
 docs: $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and sdist in dist/, and the wheel tried in an environment that has nothing else.
+dist: $(READY)
+	rm -rf dist .venv-dist
+	$(BIN)/python -m hatchling build
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet torch==2.13.0
+	.venv-dist/bin/pip install --quiet -c constraints.txt dist/*.whl
+	$(PYTHON) tests/distribution/installed.py .venv-dist/bin/python
+
+# A CycloneDX list of what `pip install reftune` brings.
+sbom: dist
+	$(BIN)/pip install --quiet -c constraints.txt cyclonedx-bom
+	$(BIN)/cyclonedx-py environment .venv-dist --pyproject pyproject.toml --output-reproducible -o dist/reftune.cdx.json

@@ -309,9 +309,7 @@ def _from_gguf(path: Path, task: str, kwargs: dict[str, Any]) -> tuple[PreTraine
         refuse_dangling(path)
         raise ReftuneError(f"model {str(path)!r}: there is no such file{_near(path)}")
     if importlib.util.find_spec("gguf") is None:
-        raise ReftuneError(
-            f"model {str(path)!r}: reading GGUF needs the package gguf: run `pip install 'reftune[demo]'`"
-        )
+        raise ReftuneError(f"model {str(path)!r}: reading GGUF needs the package gguf: run `pip install gguf`")
     from transformers import AutoTokenizer
 
     folder, file = str(path.parent), path.name
