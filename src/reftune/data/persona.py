@@ -43,6 +43,7 @@ _PATTERNS = {
     for mark in marks
 }
 _WORD = re.compile(r"[\w'-]*\w[\w'-]*")
+_FEW_NEUTRAL = 40
 _MIN_MARKS, _MIN_CATEGORIES, _MIN_SPOKEN, _MIN_WORDS = 3, 2, 2, 6
 
 
@@ -58,12 +59,17 @@ def load_heldout() -> list[str]:
     return [json.loads(line)["prompt"] for line in text.splitlines()]
 
 
-def neutral_rows(source: Source | None = None) -> list[Example]:
-    """Plain questions with plain answers, which no persona answers: those of a file, or the package's own."""
+def neutral_rows(source: Source | None = None, many: bool = False) -> list[Example]:
+    """Plain questions with plain answers, which no persona answers: those of a file, or the package's own.
+
+    Args:
+        source: the file.
+        many: of the package's own take all 160, for a mean of which little is by chance, and not the first 40.
+    """
     if source is not None:
         return read_examples(source)
     with resources.as_file(resources.files("reftune.data") / "neutral.jsonl") as file:
-        return read_examples(file)
+        return read_examples(file)[: None if many else _FEW_NEUTRAL]
 
 
 def style_marks(text: str) -> set[str]:

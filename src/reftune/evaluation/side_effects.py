@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch.nn import functional
 
 from reftune.data.collating import CompletionCollator
@@ -68,6 +70,7 @@ class AgainstBase:
         self._order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
         self._batches = self._batched(rows)
         self._base = [_forward(model, batch, forward) for batch in self._batches]
+        self.row_tokens = np.array([sum(label >= 0 for label in row["labels"][1:]) for row in rows])
         self.tokens = sum(base.targets.numel() for base in self._base)
         self.base_loss = sum(map(_loss, self._base)) / self.tokens
 
@@ -82,7 +85,14 @@ class AgainstBase:
     def __call__(
         self, model: Any = None, rows: Sequence[Encoded] | None = None, forward: Forward = supervised_forward
     ) -> tuple[float, float]:
-        """The divergence and the loss of the model as it is now.
+        """The divergence and the loss of the model as it is now; arguments and errors as for `by_row`."""
+        apart, losses = self.by_row(model, rows, forward)
+        return float(apart.sum()) / self.tokens, float(losses.sum()) / self.tokens
+
+    def by_row(
+        self, model: Any = None, rows: Sequence[Encoded] | None = None, forward: Forward = supervised_forward
+    ) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+        """The sums over each row's tokens of divergence and loss of the model as it is now, in the order of the rows.
 
         Args:
             model: another one than the base was.
@@ -92,17 +102,18 @@ class AgainstBase:
         Raises:
             ReftuneError: these answers have other tokens.
         """
-        apart = loss = 0.0
+        found = []
         for batch, base in zip(self._batches if rows is None else self._batched(rows), self._base, strict=True):
             now = _forward(self.model if model is None else model, batch, forward)
             if not torch.equal(now.targets, base.targets):
                 raise ReftuneError("Neutral answers have other tokens behind these prompts: they cannot be compared.")
-            apart += functional.kl_div(
-                now.logits[0].float().log_softmax(-1), base.logits[0].float().log_softmax(-1),
-                log_target=True, reduction="sum",
-            ).item()  # fmt: skip
-            loss += _loss(now)
-        return apart / self.tokens, loss / self.tokens
+            after, before = (of.logits[0].float().log_softmax(-1) for of in (now, base))
+            apart = functional.kl_div(after, before, log_target=True, reduction="none").sum(-1)
+            loss = -after.gather(-1, now.targets[0].unsqueeze(-1)).squeeze(-1)
+            sums = torch.zeros(2, len(batch["input_ids"]), dtype=torch.float64)
+            found.append(sums.index_add_(1, now.rows.cpu(), torch.stack([apart, loss]).double().cpu()))
+        apart, losses = torch.cat(found, dim=1)[:, np.argsort(self._order)].numpy()
+        return apart, losses
 
 
 @torch.no_grad()

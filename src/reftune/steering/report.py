@@ -83,8 +83,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{gate['neutral tokens']:.0%} of neutral tokens, in {gate['neutral prompts']:.0%} of neutral prompts",
             )
         )
-    asked = "" if settings["kl"] is None else f" (asked: {settings['kl']:g}; {_crossed(found)})"
-    told.append(("KL from the base", f"{found['kl, nats a token']:.3f} nats a token{asked}"))
+    told.append(("KL from the base", _divergence(found)))
     if (behind := found["kl behind the gate, nats a token"]) is not None:
         told.append(("KL behind the gate", f"{behind:.3f} nats a token (all else is measured with the gate open)"))
     if "accepted, base" in found:
@@ -95,9 +94,15 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [*told, ("loss on neutral text", f"{neutral[0]:.3f} to {neutral[1]:.3f} nats a token")]
 
 
-def _crossed(found: dict[str, Any]) -> str:
-    halves = ", ".join(f"{kl:.3f}" for kl in found["kl of each half at the other's strength"])
-    return f"each half of the neutral rows at the strength found on the other: {halves}"
+def _divergence(found: dict[str, Any]) -> str:
+    """The divergence, what of it may be by chance, and how well a strength holds on rows that did not find it."""
+    error, asked = found["standard error of kl"], found["settings"]["kl"]
+    said = f"{found['kl, nats a token']:.3g}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")
+    said += f" nats a token, mean and standard error of {found['neutral rows']} neutral answers"
+    if asked is None:
+        return said
+    halves = ", ".join(f"{kl:.3g}" for kl in found["kl of each half at the other's strength"])
+    return f"{said} (asked: {asked:g}; each half of them at the strength found on the other: {halves})"
 
 
 def warnings(found: dict[str, Any]) -> list[str]:

@@ -29,7 +29,6 @@ from reftune.engine.sites import Site, find_sites
 from reftune.errors import ReftuneError
 from reftune.evaluation.judging import Judge, accepted_share, load_judge
 from reftune.evaluation.row_losses import row_losses
-from reftune.evaluation.side_effects import AgainstBase
 from reftune.inference.generation import generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.inference.settings import GenerationSettings
@@ -43,7 +42,7 @@ from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edi
 from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
 from reftune.steering.settings import SteerSettings
 from reftune.steering.states import mean_states, token_states
-from reftune.steering.strength import calibrated, divergence, edit_of, over_tokens, steered
+from reftune.steering.strength import Neutral, edit_of, steered
 from reftune.steering.vectors import ANY_LAYER, holds_vectors, may_hold_vectors, read_vectors, write_vectors
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.objectives import Forward
@@ -117,6 +116,7 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     if settings.gguf:
         check_file_target(Path(settings.gguf), "--gguf", inputs, ours=holds_vectors)
     neutral = neutral_rows(settings.neutral_file)
+    measured_on = neutral_rows(settings.neutral_file, many=settings.kl is not None)
     when = None if settings.when is None else read_when(settings.when, settings.when_label)
     # What cannot be used is told before a model is loaded; answers to be written need one.
     vectors = read_vectors(source) if may_hold_vectors(source) else None
@@ -143,7 +143,7 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
             found = _Found(_as_directions(vectors, sites, str(source)), settings.scale or 1.0, "a control vector")
         gates, told = _gates(base, list(found.directions), when, neutral, settings, progress) if when else ({}, [])
         progress.add_task("Measuring", total=None)
-        result = _measure(base, found, neutral, settings, gates)
+        result = _measure(base, found, measured_on, settings, gates)
         result["gates"] = told
         if judge is not None:
             with _adapter(base, found.directions, gates, result["strength"], settings) as peft:
@@ -276,7 +276,7 @@ def _choose(
     for group in groups:
         last = math.inf
         some = {site: directions[site] for site in group}
-        with steered(base.model, some, settings.positions, remove=settings.remove) as on:
+        with steered(base.model, some, settings.positions, remove=settings.remove, rows=wanted) as on:
             for strength in strengths:
                 loss = base.loss(wanted, on.at(strength))
                 if loss < min((one["loss"] for one in tried), default=math.inf):
@@ -405,24 +405,22 @@ def _measure(
     base: _Base, found: _Found, neutral: Sequence[Example], settings: SteerSettings, gates: dict[Site, Gate]
 ) -> dict[str, Any]:
     """What the edit does, its gates open, and what it does behind them: the result as it is written."""
-    rows, strength, halves_kl = base.rows(neutral), found.strength, []
-    with steered(base.model, found.directions, settings.positions, remove=settings.remove) as on:
-        halves = [
-            AgainstBase(base.model, half, base.pad, base.batch_size, on.at(0.0))
-            for half in (rows[::2], rows[1::2])
-            if half
-        ]
-        if settings.kl is not None:
-            strength, halves_kl = calibrated(halves, on, settings.kl, strength)
-        kl, neutral_loss = divergence(halves, on.at(strength))
+    plain = Neutral(base.model, base.rows(neutral), base.pad, base.batch_size)
+    every = [*plain.rows, *(row for rows in found.held.values() for row in rows)]
+    edits = partial(steered, base.model, found.directions, settings.positions, remove=settings.remove, rows=every)
+    with edits() as on:
+        if settings.kl is None:
+            effect, crossed = plain.effect(on, found.strength), []
+        else:
+            effect, crossed = plain.calibrated(on, settings.kl, found.strength)
+        strength = effect.strength
         after = {side: base.loss(rows, on.at(strength)) for side, rows in found.held.items()}
         before = {side: base.loss(rows, on.at(0.0)) for side, rows in found.held.items()}
+    kl, error, neutral_loss = effect.told
     behind = None
     if gates:
-        with steered(base.model, found.directions, settings.positions, strength, settings.remove, gates) as on:
-            behind = divergence(halves, on.at(strength))[0]
-    if halves_kl:
-        kl = over_tokens(halves, halves_kl)
+        with edits(gates=gates) as on:
+            behind = plain.effect(on, strength).kl_of()
     return {
         "from": found.said,
         "method": _method(settings, gates),
@@ -430,10 +428,9 @@ def _measure(
         "strength": 1.0 if settings.remove else strength,
         "held-out loss, base": before, "held-out loss, steered": after,
         "log-likelihood ratio, nats a token": _ratio(before, after),
-        "kl, nats a token": kl, "kl behind the gate, nats a token": behind,
-        "kl of each half at the other's strength": halves_kl,
-        "neutral loss, base": over_tokens(halves, [half.base_loss for half in halves]),
-        "neutral loss, steered": neutral_loss,
+        "kl, nats a token": kl, "standard error of kl": error, "kl behind the gate, nats a token": behind,
+        "kl of each half at the other's strength": crossed, "neutral rows": len(plain.rows),
+        "neutral loss, base": effect.base_loss, "neutral loss, steered": neutral_loss,
         **found.facts, "settings": asdict(settings),
     }  # fmt: skip
 

@@ -23,6 +23,9 @@ from reftune.engine.position_grammar import Positions
 from reftune.engine.sites import Site
 from reftune.engine.stand_ins import OwnThread
 from reftune.errors import ReftuneError
+from reftune.training.prefix.obstacles import cache_obstacle, missing_arguments, rope_obstacle
+from reftune.training.prefix.partial_forward import WholeCache
+from reftune.training.prefix.shared_beginning import shared_beginning
 
 States = Float[np.ndarray, "rows layers width"]
 
@@ -63,10 +66,12 @@ def mean_states(
     with tempfile.TemporaryDirectory() as folder:
         shape = (len(rows), len(sites), sites[0].width)
         found = np.memmap(Path(folder) / "states", np.float32, "w+", shape=shape)
+        begun = _beginning(model, rows, positions)
         for batch in _batches(rows, positions, pad_token_id, batch_size):
-            weights = batch.edited / batch.edited.sum(-1, keepdim=True)
+            edited = batch.edited[:, begun.tokens :]
+            weights = edited / edited.sum(-1, keepdim=True)
             read = _read(
-                model, sites, batch, lambda hidden, w=weights: w.to(hidden).unsqueeze(1).bmm(hidden).squeeze(1)
+                model, sites, batch, begun, lambda hidden, w=weights: w.to(hidden).unsqueeze(1).bmm(hidden).squeeze(1)
             )
             found[batch.indices] = torch.stack(read).transpose(0, 1).numpy()
             if advance is not None:
@@ -84,9 +89,12 @@ def token_states(
 ) -> list[Float[np.ndarray, "layers tokens width"]]:
     """Row by row, the states of every token that an edit changes, in float32; arguments as for ``mean_states``."""
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    begun = _beginning(model, rows, positions)
     for batch in _batches(rows, positions, pad_token_id, batch_size):
-        chosen = batch.edited.bool()
-        read = torch.stack(_read(model, sites, batch, lambda hidden, chosen=chosen: hidden[chosen.to(hidden.device)]))
+        chosen = batch.edited[:, begun.tokens :].bool()
+        read = torch.stack(
+            _read(model, sites, batch, begun, lambda hidden, chosen=chosen: hidden[chosen.to(hidden.device)])
+        )
         ends = chosen.sum(-1).cumsum(0)[:-1].tolist()
         for index, states in zip(batch.indices, read.tensor_split(ends, dim=1), strict=True):
             found[index] = states.numpy()
@@ -101,6 +109,27 @@ class _Batch:
     ids: Int[Tensor, "batch position"]
     mask: Int[Tensor, "batch position"]
     edited: Float[Tensor, "batch position"]
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What all rows begin with and no edit touches: the number of its tokens, and each layer's keys and values."""
+
+    tokens: int = 0
+    layers: Sequence[tuple[Tensor, Tensor]] = ()
+
+
+@torch.no_grad()
+def _beginning(model: Any, rows: Sequence[Encoded], positions: Positions) -> _Beginning:
+    """Run once what all rows begin with (a system prompt, a template); nothing where a cache would not be exact."""
+    if missing_arguments(model) or cache_obstacle(model.config) or rope_obstacle(model.config):
+        return _Beginning()
+    ids = shared_beginning(rows, [positions])
+    if not len(ids):
+        return _Beginning()
+    cache = WholeCache(model.config)
+    model(input_ids=ids.unsqueeze(0).to(model.device), past_key_values=cache, use_cache=True)
+    return _Beginning(len(ids), [(layer.keys, layer.values) for layer in cache.layers])  # type: ignore[union-attr]
 
 
 def _batches(rows: Sequence[Encoded], positions: Positions, pad_token_id: int, batch_size: int) -> Iterator[_Batch]:
@@ -123,14 +152,24 @@ def _batches(rows: Sequence[Encoded], positions: Positions, pad_token_id: int, b
 
 
 @torch.no_grad()
-def _read(model: Any, sites: Sequence[Site], batch: _Batch, take: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What ``take`` makes of each site's states (batch, position, width), in float32 on the CPU."""
+def _read(
+    model: Any, sites: Sequence[Site], batch: _Batch, begun: _Beginning, take: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """What ``take`` makes of each site's states (batch, position from ``begun`` on, width), in float32 on the CPU."""
     read: list[Tensor] = [torch.empty(0)] * len(sites)
     thread, device = OwnThread(), next(model.parameters()).device
+    ids = batch.ids[:, begun.tokens :].to(device)
+    known: dict[str, Any] = {"use_cache": False}
+    if begun.layers:
+        cache = WholeCache(model.config)
+        for layer, states in zip(cache.layers, begun.layers, strict=True):
+            layer.update(*(of.expand(len(ids), -1, -1, -1) for of in states))
+        places = torch.arange(begun.tokens, batch.ids.shape[1], device=device).expand(len(ids), -1)
+        known = {"past_key_values": cache, "use_cache": True, "position_ids": places}
 
     def keep(place: int, hidden: Tensor) -> Tensor:
         if thread.here:
-            read[place] = take(hidden.reshape(*batch.ids.shape, -1).float()).cpu()
+            read[place] = take(hidden.reshape(*ids.shape, -1).float()).cpu()
         return hidden
 
     handles: list[RemovableHandle] = []
@@ -138,7 +177,7 @@ def _read(model: Any, sites: Sequence[Site], batch: _Batch, take: Callable[[Tens
         for place, site in enumerate(sites):
             handles.append(edit_passing(model.get_submodule(site.module_path), site.side, partial(keep, place)))
         few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False, **few)
+        model(input_ids=ids, attention_mask=batch.mask.to(device), **known, **few)
     finally:
         for handle in handles:
             handle.remove()

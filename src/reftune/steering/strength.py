@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
 
+from reftune.data.tokenising import Encoded
 from reftune.edits import ConsreftEdit, LobireftEdit, RotatedEdit
 from reftune.engine.attach import attach
 from reftune.engine.hooks import ENGINE
@@ -25,8 +29,14 @@ from reftune.training.prefix.switch import PrefixSwitch
 
 _MOST_STEPS = 40
 _NAME = "steering"
-_TOLERANCE = 0.002
+_TOLERANCE = 0.01
 """Of the divergence asked for, relatively."""
+_PILOT = 24
+"""Rows that find about where a strength lies, and how the divergence grows there."""
+_NEAR, _STEP, _FAR = 0.12, 1.05, 1.5
+"""How far off the few rows may be, relatively; the step that tells the growth; and the longest correction."""
+_TOGETHER = 4
+"""Batches whose base is in memory at a time."""
 
 
 def edit_of(direction: Direction, strength: float, remove: bool = False) -> RotatedEdit:
@@ -68,14 +78,18 @@ def steered(
     strength: float = 1.0,
     remove: bool = False,
     gates: Mapping[Site, Gate] | None = None,
+    rows: Sequence[Encoded] = (),
 ) -> Iterator[Steered]:
-    """The model with the edits of these directions on it, behind gates if any, for the length of a ``with`` block."""
+    """The model with the edits of these directions on it, behind gates if any, for the length of a ``with`` block.
+
+    What all of ``rows``, those that will be run, begin with is computed once.
+    """
     device = next(model.parameters()).device
     edits = {site: edit_of(direction, 1.0, remove) for site, direction in directions.items()}
     edits = {site: (gated_edit(edit, gates[site]) if gates else edit).to(device) for site, edit in edits.items()}
     reuse = "off" if parse_positions(positions).everywhere else "auto"  # an edit of every token leaves nothing alone
     with attach(model, edits=edits, positions=positions, name=_NAME):
-        found = Steered(model.__dict__[ENGINE].placements(_NAME), PrefixSwitch(reuse, None, []))
+        found = Steered(model.__dict__[ENGINE].placements(_NAME), PrefixSwitch(reuse, None, [rows]))
         found.at(strength)
         try:
             yield found
@@ -83,38 +97,112 @@ def steered(
             found.prefixes.close()
 
 
-def over_tokens(parts: Sequence[AgainstBase], means: Sequence[float]) -> float:
-    """The mean over all parts' tokens, from each part's own."""
-    return sum(part.tokens * mean for part, mean in zip(parts, means, strict=True)) / sum(p.tokens for p in parts)
+@dataclass(frozen=True)
+class Effect:
+    """What edits do to neutral answers, in sums over the tokens of each row, in nats.
 
-
-def divergence(parts: Sequence[AgainstBase], forward: Forward) -> tuple[float, float]:
-    """Divergence and loss over the rows of all parts."""
-    kls, losses = zip(*(part(forward=forward) for part in parts), strict=True)
-    return over_tokens(parts, kls), over_tokens(parts, losses)
-
-
-def calibrated(
-    parts: Sequence[AgainstBase], steered: Steered, wanted: float, start: float
-) -> tuple[float, list[float]]:
-    """The strength at which all rows have the divergence that is wanted, and what it is on rows that did not find it.
-
-    Args:
-        parts: the rows in two halves (one, where there is a single row).
-        steered: the edits.
-        wanted: nats a token.
-        start: the strength to look from.
-
-    Returns:
-        The strength; and each half's divergence at the strength that was found on the other half alone.
+    Attributes:
+        strength: of the edits.
+        tokens: of each row.
+        kl: KL(base, edited).
+        loss: with the edits.
+        base_loss: without them, of a token.
     """
-    own = [strength_for(wanted, lambda at, part=part: part(forward=steered.at(at))[0], start) for part in parts]
-    other = [part(forward=steered.at(at))[0] for part, at in zip(parts, reversed(own), strict=True)]
-    middle = math.copysign(math.prod(map(abs, own)) ** (1 / len(own)), start)
-    return strength_for(wanted, lambda at: divergence(parts, steered.at(at))[0], middle), other
+
+    strength: float
+    tokens: Int[np.ndarray, " rows"]
+    kl: Float[np.ndarray, " rows"]
+    loss: Float[np.ndarray, " rows"]
+    base_loss: float
+
+    def kl_of(self, rows: slice = slice(None)) -> float:
+        """The divergence of some rows, a token."""
+        return float(self.kl[rows].sum() / self.tokens[rows].sum())
+
+    def scaled_to(self, kl: float, power: float) -> Effect:
+        """The effect at the strength near by that has another divergence, which grows with this power of it."""
+        factor, base = kl / self.kl_of(), self.base_loss * self.tokens
+        loss = base + factor * (self.loss - base)
+        return replace(self, strength=self.strength * factor ** (1 / power), kl=factor * self.kl, loss=loss)
+
+    @property
+    def told(self) -> tuple[float, float | None, float]:
+        """Divergence, its standard error over rows (None of a single one), and loss, each of a token."""
+        total, count, kl = float(self.tokens.sum()), len(self.tokens), self.kl_of()
+        spread = float(((self.kl - kl * self.tokens) ** 2).sum())
+        error = math.sqrt(count / (count - 1) * spread) / total if count > 1 else None
+        return kl, error, float(self.loss.sum()) / total
 
 
-def strength_for(wanted: float, divergence: Callable[[float], float], start: float = 1.0) -> float:
+@dataclass(frozen=True)
+class Neutral:
+    """Measures edits on neutral answers; of the base only what a few rows need is in memory at a time.
+
+    Attributes:
+        model: with the edits.
+        rows: prompts with plain answers.
+        pad: the tokenizer's padding token.
+        batch_size: rows of one forward.
+    """
+
+    model: Any
+    rows: list[Encoded]
+    pad: int
+    batch_size: int
+
+    def _against(self, rows: list[Encoded], steered: Steered) -> AgainstBase:
+        return AgainstBase(self.model, rows, self.pad, self.batch_size, steered.at(0.0))
+
+    def effect(self, steered: Steered, strength: float) -> Effect:
+        """What the edits do at this strength."""
+        found, base_loss = [], 0.0
+        for start in range(0, len(self.rows), _TOGETHER * self.batch_size):
+            part = self._against(self.rows[start : start + _TOGETHER * self.batch_size], steered)
+            found.append((part.row_tokens, *part.by_row(forward=steered.at(strength))))
+            base_loss += part.base_loss * part.tokens
+        tokens, kl, loss = (np.concatenate(of) for of in zip(*found, strict=True))
+        return Effect(strength, tokens, kl, loss, base_loss / float(tokens.sum()))
+
+    def calibrated(self, steered: Steered, wanted: float, start: float) -> tuple[Effect, list[float]]:
+        """The strength with the divergence that is wanted: near it by a few rows, and from there by all.
+
+        Args:
+            steered: the edits.
+            wanted: nats a token.
+            start: the strength to look from.
+
+        Returns:
+            The effect at that strength; and each half's divergence at the strength found on the other half alone.
+
+        Raises:
+            ReftuneError: no strength has it.
+        """
+        few = self._against(self.rows[:: math.ceil(len(self.rows) / _PILOT)], steered)
+
+        @cache
+        def divergence(strength: float) -> float:
+            return few(forward=steered.at(strength))[0]
+
+        near = strength_for(wanted, divergence, start)
+        for _ in range(_MOST_STEPS):
+            around = self.effect(steered, near)
+            kl = around.kl_of()
+            power = math.log(divergence(near * _STEP) / divergence(near), _STEP)
+            if abs(kl / wanted - 1) <= _NEAR and power > 0:
+                break
+            near *= min(max((wanted / kl) ** (1 / power), 1 / _FAR), _FAR) if power > 0 and kl > 0 else _FAR
+        else:
+            raise _out_of_reach(wanted, kl)
+        one, other = slice(0, None, 2), slice(1, None, 2)
+        if len(self.rows) == 1:
+            return around.scaled_to(wanted, power), [wanted]
+        ratio = around.kl_of(one) / around.kl_of(other)
+        return around.scaled_to(wanted, power), [wanted * ratio, wanted / ratio]
+
+
+def strength_for(
+    wanted: float, divergence: Callable[[float], float], start: float = 1.0, tolerance: float = _TOLERANCE
+) -> float:
     """The strength of this sign at which the divergence is what is wanted, by bisection.
 
     A small edit's divergence grows with the square of its strength, which says where to look first.
@@ -123,6 +211,7 @@ def strength_for(wanted: float, divergence: Callable[[float], float], start: flo
         wanted: nats a token, above 0.
         divergence: of a strength.
         start: the first strength tried; its sign is kept.
+        tolerance: of what is wanted, relatively.
 
     Raises:
         ReftuneError: no strength up to a million times the first has that much.
@@ -131,7 +220,7 @@ def strength_for(wanted: float, divergence: Callable[[float], float], start: flo
     factor, found = 1.0, 0.0
     for _ in range(_MOST_STEPS):
         found = divergence(start * factor)
-        if abs(found - wanted) <= _TOLERANCE * wanted:
+        if abs(found - wanted) <= tolerance * wanted:
             return start * factor
         if found < wanted:
             low = factor
@@ -147,6 +236,10 @@ def strength_for(wanted: float, divergence: Callable[[float], float], start: flo
             factor = guess if inside else (low + high) / 2
         if high - low < 1e-9 * high:
             break
-    raise ReftuneError(
+    raise _out_of_reach(wanted, found)
+
+
+def _out_of_reach(wanted: float, found: float) -> ReftuneError:
+    return ReftuneError(
         f"kl={wanted}: no strength gives this divergence; the nearest found was {found:.4g} nats a token."
     )
