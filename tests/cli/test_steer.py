@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import reftune
 from reftune.cli import app
+from reftune.errors import ReftuneError
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import load_edited
 from reftune.steering.contrasts import split
@@ -266,6 +269,44 @@ def test_several_folders_with_strengths_answer_together_and_join_a_chat(
     refused(cli("generate", tmp_path / "none", "--prompt", "a"), "none")
 
 
+def test_an_expression_is_scored_where_several_adapters_make_sense_and_else_refused(
+    cli, direction: Path, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    columns = "prompt=prompt,completion=positive"
+    asked = {
+        "rows": ("--test-file", pairs, "--columns", columns, "--no-generate"),
+        "side effects": ("--side-effects", "--limit-rows", 3, "--max-new-tokens", 4),
+    }
+
+    def scores(adapters: Any, what: str, *flags: Any) -> dict[str, Any]:
+        out = tmp_path / f"{what}.json"
+        result = cli("eval", adapters, *asked[what], "--device", "cpu", "--out", out, *flags)
+        assert result.exit_code == 0, result.output
+        return {name: value for name, value in json.loads(out.read_text()).items() if name != "adapter"}
+
+    for what in asked:
+        assert scores(f"3*{direction} - 0*{trained}", what) == scores(direction, what, "--scale", 3)
+        assert scores(f"3*{direction} + {trained}", what) != scores(direction, what, "--scale", 3)
+    several = f"0.5*{direction} + {trained}"
+    with pytest.raises(ReftuneError, match="the folder of one adapter"):
+        load_edited(several, device="cpu")
+    refused(cli("predict", several, "--file", pairs), "the folder of one adapter")
+    refused(cli("lm-eval", "--model_args", f"peft={several}", "--tasks", "arc_easy"), "the folder of one adapter")
+    refused(cli("eval", f"{direction} + nobody", *asked["rows"], "--device", "cpu"), "nobody")
+
+
+def test_results_of_a_task_are_not_those_of_another_strength_or_expression(
+    cli, direction: Path, trained: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "boolq.json"
+    data.write_text(json.dumps([{"instruction": f"Is {n} odd?", "answer": "true"} for n in range(2)]))
+    asked = ("--task", "boolq", "--data", data, "--device", "cpu", "--max-new-tokens", 2, "--out", tmp_path / "out")
+    assert cli("eval", direction, *asked, "--no-base").exit_code == 0
+    assert cli("eval", direction, *asked, "--no-base").exit_code == 0
+    refused(cli("eval", direction, *asked, "--no-base", "--scale", 2), "other settings")
+    refused(cli("eval", f"{direction} + {trained}", *asked, "--no-base"), "other settings")
+
+
 def test_a_control_vector_goes_out_and_comes_in_again(steer, cli, pairs: Path, tiny: Path, tmp_path: Path) -> None:
     vector = tmp_path / "vector.gguf"
     assert steer(pairs, "--layers", "1", "--scale", "1.5", "--positions", "all", "--gguf", vector).exit_code == 0
@@ -392,5 +433,34 @@ def test_a_vector_in_a_pytorch_file_comes_in_and_a_pickle_does_not(steer, tiny: 
         assert torch.allclose(edit(h), h + vector, atol=1e-5)
     torch.save({"model": Path}, tmp_path / "more.pt")
     refused(steer(tmp_path / "more.pt"), "could run code")
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps({1: [0.5] * 16}))
+    refused(steer(tmp_path / "list.pkl"), "could run code")
     torch.save({1: torch.zeros(16)}, tmp_path / "zero.pt")
     refused(steer(tmp_path / "zero.pt"), "was expected")
+
+
+@pytest.mark.parametrize("name", ["direction.1", "1", "layer_1", "model.layers.1.output"])
+def test_a_vector_in_a_safetensors_file_comes_in(steer, tiny: Path, tmp_path: Path, name: str) -> None:
+    vector, h = torch.randn(16), torch.randn(3, 16)
+    save_file({name: vector.bfloat16().unsqueeze(0)}, tmp_path / "vector.safetensors")
+    assert steer(tmp_path / "vector.safetensors", "--positions", "all").exit_code == 0
+    (edit,) = edits_of(tiny, tmp_path / "out").values()
+    assert torch.allclose(edit(h), h + vector.bfloat16().float(), atol=1e-5)
+
+
+def test_safetensors_that_are_no_vectors_are_one_error(steer, tmp_path: Path) -> None:
+    path, vector = tmp_path / "vector.safetensors", torch.ones(16)
+    save_file({"steering": vector}, path)
+    refused(steer(path), "does not say which layer")
+    wrong: list[dict[str, torch.Tensor]] = [
+        {"1": vector, "layer_1": 2 * vector}, {"a": vector, "b": 2 * vector}, {"layers.1.weight": torch.ones(16, 16)},
+        {"1": vector.long()}, {"1": vector / 0}, {"1": 0 * vector}, {},
+    ]  # fmt: skip
+    for tensors in wrong:
+        save_file(tensors, path)
+        refused(steer(path), "vector.safetensors")
+    save_file({"1": torch.ones(24)}, path)
+    refused(steer(path), "width 24")
+    path.write_bytes(b"\x00" * 40)
+    refused(steer(path), "vector.safetensors", "safetensors")
+    assert not (tmp_path / "out").exists()

@@ -104,9 +104,11 @@ class EvalOptions:
 
 def evaluate(
     folder: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="DIR", help="Adapter folder: the --output of `reftune train`; with --base-only a base model."
+            metavar="DIR",
+            help="Adapter folder, or several with strengths, as in '0.5*pirate + 0.3*formal'; with --base-only a base "
+            "model.",
         ),
     ],
     **flags: Any,
@@ -132,13 +134,15 @@ def evaluate(
         key = "test_file" if options.test_file else "side_effects"
         check_file_target(Path(options.out), "--out", files, ours=result_with(key))
     from reftune.inference.classifying import is_classifier
+    from reftune.inference.loading import adapter_folders
 
-    if options.judge and is_classifier(folder):
+    first = adapter_folders(folder)[0][0]
+    if options.judge and is_classifier(first):
         raise ReftuneError("--judge judges written answers, and a classifier writes none")
     if options.test_file is None:
         table, record = _side_effects(folder, options, base_model)
     else:
-        score = _score_classifier if is_classifier(folder) else _score_rows
+        score = _score_classifier if is_classifier(first) else _score_rows
         table, record = score(folder, options.test_file, options, base_model)
         record = {"test_file": options.test_file, **record}
     console = terminal.console()
@@ -146,29 +150,29 @@ def evaluate(
     if options.out is not None:
         from reftune.cli.results import write_out
 
-        record = {"adapter": str(folder), **record}
+        record = {"adapter": folder, **record}
         write_out(Path(options.out), json.dumps(record, indent=2, ensure_ascii=False) + "\n", console)
 
 
 def _score_rows(
-    folder: Path, test_file: str, options: EvalOptions, base_model: BaseModel
+    folder: str, test_file: str, options: EvalOptions, base_model: BaseModel
 ) -> tuple[Table, dict[str, Any]]:
     """Loss and exact match: a table, and what the results file holds."""
     from reftune.data.formats import read_examples
     from reftune.evaluation.heldout import evaluate_rows
     from reftune.evaluation.judging import accepted_share, load_judge
-    from reftune.inference.loading import load_edited, recorded_run
+    from reftune.inference.loading import adapter_folders, load_mixture, recorded_run
 
     judge = None if options.judge is None else load_judge(options.judge)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens or 128, batch_size=options.batch_size)
     rows = read_examples(
         test_file,
         columns=read_columns(options.columns),
-        usual=read_columns(recorded_run(folder).get("columns")),
+        usual=read_columns(recorded_run(adapter_folders(folder)[0][0]).get("columns")),
         split=options.split,
         limit=options.limit_rows,
     )
-    edited = load_edited(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
+    edited = load_mixture(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
     names = ["base", "edited"] if options.base else ["edited"]
     scores = {
         name: evaluate_rows(edited, rows, settings, base=name == "base", generate=options.generate) for name in names
@@ -196,18 +200,18 @@ def _score_rows(
     return table, record
 
 
-def _side_effects(folder: Path, options: EvalOptions, base_model: BaseModel) -> tuple[Table, dict[str, Any]]:
+def _side_effects(folder: str, options: EvalOptions, base_model: BaseModel) -> tuple[Table, dict[str, Any]]:
     """What the edit does on plain prompts: a table, and what the results file holds."""
     from reftune.data.persona import neutral_rows
     from reftune.evaluation.judging import load_judge
     from reftune.evaluation.side_effects import SHOWN, AgainstBase, measure_side_effects, read_refusal_rows
-    from reftune.inference.loading import load_edited
+    from reftune.inference.loading import load_mixture
 
     neutral = neutral_rows(options.neutral_file)[: options.limit_rows]
     refusals = [] if options.refusal_file is None else read_refusal_rows(options.refusal_file)
     refuses = None if options.refusal_judge is None else load_judge(options.refusal_judge)
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens or 64, batch_size=options.batch_size)
-    edited = load_edited(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
+    edited = load_mixture(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
     rows: Any = edited.encoding.dataset(neutral).to_list()
     with edited.model.disable_adapter():
         against = AgainstBase(edited.model, rows, int(edited.tokenizer.pad_token_id), options.batch_size)  # type: ignore[arg-type]
@@ -228,7 +232,7 @@ def _side_effects(folder: Path, options: EvalOptions, base_model: BaseModel) -> 
 
 
 def _score_classifier(
-    folder: Path, test_file: str, options: EvalOptions, base_model: BaseModel
+    folder: str, test_file: str, options: EvalOptions, base_model: BaseModel
 ) -> tuple[Table, dict[str, Any]]:
     """A classifier's metrics, each with its interval: a table, and what the results file holds."""
     from reftune.data.classification import read_texts
@@ -250,22 +254,23 @@ def _score_classifier(
     return table, {**score.as_dict(), "predictions": score.predictions}
 
 
-def _evaluate_tasks(folder: Path, task: str, options: EvalOptions, base_model: BaseModel) -> None:
+def _evaluate_tasks(folder: str, task: str, options: EvalOptions, base_model: BaseModel) -> None:
     from reftune.cli.results import task_table
     from reftune.evaluation.task_report import SUMMARY, base_alone, default_template, evaluate_tasks
     from reftune.evaluation.tasks import expand_names
-    from reftune.inference.loading import load_edited
+    from reftune.inference.loading import adapter_folders, load_mixture
 
     expand_names(task)  # a misspelt name costs no loading
+    folders = [folder] if options.base_only else [of for of, _ in adapter_folders(folder)]
     out = None if options.out is None else Path(options.out)
     if out is not None and out.is_file():
         raise ReftuneError(f"--out {out} is a file; with --task it is a folder")
     if out is not None:
-        check_folder_target(out, "--out ", ["*.settings.json"], [folder, options.data])
+        check_folder_target(out, "--out ", ["*.settings.json"], [*folders, options.data])
     if options.base_only:
-        edited = base_alone(str(folder), base_model.dtype, base_model.device, options.chat_template_kwargs)
+        edited = base_alone(folder, base_model.dtype, base_model.device, options.chat_template_kwargs)
     else:
-        edited = load_edited(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
+        edited = load_mixture(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
     template = options.template
     report = evaluate_tasks(
         edited,

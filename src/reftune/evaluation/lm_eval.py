@@ -44,7 +44,7 @@ from reftune.data.formats import Message
 from reftune.data.templates import render_prompt, turn_opening
 from reftune.engine.hooks import Engine
 from reftune.errors import ReftuneError
-from reftune.inference.loading import recorded_run
+from reftune.inference.loading import recorded_run, single_folder
 from reftune.training.prompt_ends import takes_prompt_lengths
 from reftune.training.supervised_logits import plain_model, supervised_forward, unsupported_reason
 
@@ -118,7 +118,7 @@ class ReftuneLM(_HFLM):
         quantization: Any = None,
         **others: Any,
     ) -> None:
-        folder = None if peft is None else Path(str(peft)).expanduser()
+        folder = None if peft is None else single_folder(str(peft))
         self._folder = folder if folder is not None and folder.is_dir() else None
         self._run = recorded_run(self._folder) if self._folder is not None else {}
         self._own_tokenizer = not others.get("tokenizer")

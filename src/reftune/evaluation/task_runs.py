@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reftune.data.templates import resolve_template
 from reftune.data.tokenising import Encoding
+from reftune.engine.hooks import Engine
 from reftune.errors import ReftuneError
 from reftune.evaluation.extraction import same
 from reftune.evaluation.intervals import Interval, PairedDifference, bootstrap_interval, paired_test
@@ -311,10 +312,14 @@ def _base_name(edited: EditedModel) -> str:
 
 
 def _adapter_hash(edited: EditedModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(get_peft_model_state_dict(edited.model).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    """Of what every adapter that edits holds, in their order, and of strengths other than 1."""
+    digest, engine = hashlib.sha256(), Engine.of(edited.model.get_base_model())
+    for adapter in edited.strengths or ["default"]:
+        for name, tensor in sorted(get_peft_model_state_dict(edited.model, adapter_name=adapter).items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if engine is not None and (strength := engine.placements(adapter)[0].scale) != 1.0:
+            digest.update(f"*{strength!r}".encode())
     return digest.hexdigest()
 
 

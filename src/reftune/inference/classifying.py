@@ -26,7 +26,7 @@ from reftune.data.formats import LabelledText
 from reftune.data.glue import GLUE
 from reftune.data.tokenising import encode_dataset
 from reftune.errors import ReftuneError
-from reftune.inference.loading import adapter_folder, recorded_run, set_scale
+from reftune.inference.loading import adapter_folder, recorded_run, set_scale, single_folder
 from reftune.output.json_files import read_json_object
 from reftune.training.prompt_ends import with_prompt_ends
 
@@ -237,7 +237,7 @@ def _saved_outputs(folder: Path) -> int:
 
 def training_columns(folder: str | Path) -> tuple[dict[str, str] | None, tuple[str, ...]]:
     """The columns that a classifier was trained on, as `read_texts` takes them: a mapping, and a GLUE task's names."""
-    recorded = recorded_run(Path(folder).expanduser())
+    recorded = recorded_run(single_folder(folder))
     columns = recorded.get("columns")
     task = GLUE.get(recorded.get("glue") or "")
     return (columns if isinstance(columns, dict) else None), (task.columns if task else ())

@@ -140,6 +140,21 @@ def adapter_folders(written: str | Path) -> list[tuple[Path, float]]:
     return [(Path(name).expanduser(), weight) for name, weight in parse_expression(text)]
 
 
+def single_folder(written: str | Path) -> Path:
+    """The folder of one adapter, where an expression of several would have no meaning.
+
+    Raises:
+        ReftuneError: an expression.
+    """
+    (folder, weight), *others = adapter_folders(written)
+    if others or weight != 1.0:
+        raise ReftuneError(
+            f"adapter expression {str(written)!r}: this takes the folder of one adapter; generate, chat, eval (of "
+            "adapters that write text) and serve take several with strengths."
+        )
+    return folder
+
+
 def mix(edited: EditedModel, written: str, scale: float = 1.0) -> list[tuple[Path, float]]:
     """Let adapters edit together, as an expression says; **changes the model**, loading those that it does not have.
 
@@ -207,7 +222,7 @@ def adapter_folder(folder: str | Path, model: str | None, *, classifier: bool) -
     Raises:
         ReftuneError: its files cannot be used, it does not say its base model, or it is of the other kind.
     """
-    folder = Path(folder).expanduser()
+    folder = single_folder(folder)
     config = read_adapter_config(folder)
     read_weights(folder, config)
     if classifier and config.get("task_type") != "SEQ_CLS":

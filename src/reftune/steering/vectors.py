@@ -1,6 +1,7 @@
 """Control vectors of llama.cpp, repeng and EasySteer: GGUF files with a vector `direction.N` for the output of block N.
 
-llama.cpp and repeng have none for block 0. EasySteer keeps a vector by itself in a PyTorch file too. Source: llama.cpp,
+llama.cpp and repeng have none for block 0. EasySteer keeps a vector by itself in a PyTorch file too; safetensors files
+have one layout as good as another, so the one number in a tensor's name is its block. Source: llama.cpp,
 `common_control_vector_load`; repeng, `ControlVector.export_gguf`; EasySteer's vector specifications.
 """
 
@@ -14,20 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from reftune.errors import ReftuneError
 from reftune.output.files import replaced
 from reftune.output.targets import refuse_dangling
 
 _NAME = re.compile(r"direction\.(0|[1-9]\d{0,4})")
-_TENSORS = (".pt", ".pth")
+_TORCH, _SAFE = (".pt", ".pth", ".bin", ".pkl", ".pickle"), ".safetensors"
 ANY_LAYER = -1
 """The key of a vector that its file gives no block."""
 _KIND = "controlvector"
 
 
 def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
-    """The vectors of a file, by the number of the block (`ANY_LAYER` where a PyTorch file holds one vector alone).
+    """The vectors of a file, by the number of the block (`ANY_LAYER` where a file of tensors does not give it).
 
     Raises:
         ReftuneError: no such file, one that holds no control vector, or a pickle, which could run code.
@@ -36,8 +39,8 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
     if not path.is_file():
         refuse_dangling(path)
         raise ReftuneError(f"{path}: there is no such file.")
-    if path.suffix.lower() in _TENSORS:
-        return _read_tensor(path)
+    if path.suffix.lower() in (*_TORCH, _SAFE):
+        return _read_tensors(path)
     gguf = _gguf()
     try:
         reader = gguf.GGUFReader(str(path))
@@ -63,23 +66,40 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
 
 def may_hold_vectors(source: Any) -> bool:
     """Whether what is to be steered is a file of vectors, by its name."""
-    return str(source).lower().endswith((".gguf", *_TENSORS))
+    return str(source).lower().endswith((".gguf", *_TORCH, _SAFE))
 
 
-def _read_tensor(path: Path) -> dict[int, Float[np.ndarray, " width"]]:
+def _read_tensors(path: Path) -> dict[int, Float[np.ndarray, " width"]]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix.lower() == _SAFE:
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ReftuneError(f"{path} cannot be read as safetensors ({error}); export it again.") from error
     except Exception as error:  # whatever a pickle or damaged bytes lead it to
         raise ReftuneError(
-            f"{path} holds more than tensors, and reading it could run code: save the vector alone as a tensor, or "
-            "export it as GGUF."
+            f"{path} holds more than tensors, and reading it could run code: save the vectors alone as safetensors, or "
+            "export them as GGUF."
         ) from error
-    vectors = found if isinstance(found, dict) else {ANY_LAYER: found}
-    for layer, vector in vectors.items():
-        fits = isinstance(layer, int) and isinstance(vector, torch.Tensor) and vector.is_floating_point()
-        if not fits or vector.squeeze().ndim != 1 or not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
-            raise ReftuneError(f"{path}: one vector, or one by the number of its layer, was expected; not {layer!r}.")
-    return {layer: vector.squeeze().float().numpy() for layer, vector in sorted(vectors.items())}
+    vectors: dict[int, np.ndarray] = {}
+    for name, vector in found.items() if isinstance(found, dict) else [("", found)]:
+        layer = _layer_of(name, not isinstance(found, dict) or len(found) == 1)
+        fits = isinstance(vector, torch.Tensor) and vector.is_floating_point() and vector.squeeze().ndim == 1
+        if layer is None or layer in vectors or not fits or not torch.isfinite(vector).all() or not vector.any():
+            raise ReftuneError(f"{path}: one vector, or one by the number of its layer, was expected; not {name!r}.")
+        vectors[layer] = vector.squeeze().float().numpy()
+    if not vectors:
+        raise ReftuneError(f"{path} holds no vector.")
+    return dict(sorted(vectors.items()))
+
+
+def _layer_of(name: Any, alone: bool) -> int | None:
+    """The layer that a tensor's name gives (`direction.3`, `layers.3.output`); none: of a vector that stands alone."""
+    if isinstance(name, int):
+        return name
+    numbers = re.findall(r"\d+", str(name))
+    return ANY_LAYER if not numbers and alone else int(numbers[0]) if len(numbers) == 1 else None
 
 
 def holds_vectors(path: Path) -> bool:
