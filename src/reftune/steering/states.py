@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicLayer
 
 from reftune.data.tokenising import Encoded
 from reftune.engine.hooks import edit_passing
@@ -163,6 +164,7 @@ def _read(
     if begun.layers:
         cache = WholeCache(model.config)
         for layer, states in zip(cache.layers, begun.layers, strict=True):
+            assert isinstance(layer, DynamicLayer)  # cache_obstacle refuses every other kind
             layer.update(*(of.expand(len(ids), -1, -1, -1) for of in states))
         places = torch.arange(begun.tokens, batch.ids.shape[1], device=device).expand(len(ids), -1)
         known = {"past_key_values": cache, "use_cache": True, "position_ids": places}

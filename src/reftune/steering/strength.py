@@ -33,8 +33,8 @@ _TOLERANCE = 0.01
 """Of the divergence asked for, relatively."""
 _PILOT = 24
 """Rows that find about where a strength lies, and how the divergence grows there."""
-_NEAR, _STEP, _FAR = 0.12, 1.05, 1.5
-"""How far off the few rows may be, relatively; the step that tells the growth; and the longest correction."""
+_NEAR, _STEP, _FAR, _MOST_CORRECTIONS = 0.12, 1.05, 1.5, 8
+"""How far off the few rows may be, relatively; the step that tells the growth; the longest correction, and how many."""
 _TOGETHER = 4
 """Batches whose base is in memory at a time."""
 
@@ -183,8 +183,8 @@ class Neutral:
         def divergence(strength: float) -> float:
             return few(forward=steered.at(strength))[0]
 
-        near = strength_for(wanted, divergence, start)
-        for _ in range(_MOST_STEPS):
+        near, kl = strength_for(wanted, divergence, start), 0.0
+        for _ in range(_MOST_CORRECTIONS):
             around = self.effect(steered, near)
             kl = around.kl_of()
             power = math.log(divergence(near * _STEP) / divergence(near), _STEP)
