@@ -6,6 +6,7 @@ PEFT and torch are imported by what needs them: `reftune info` reads a folder wi
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
 from reftune.output.json_files import read_json_object
 from reftune.output.targets import refuse_dangling
+from reftune.output.terminal import shortened
 
 if TYPE_CHECKING:
     from reftune.engine.positions import Part
@@ -52,6 +54,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "revision": (str, NoneType), "inference_mode": (bool,), "auto_mapping": (dict, NoneType),
     "peft_version": (str, NoneType), "runtime_config": (dict, NoneType),
 }  # fmt: skip
+_MOST_LAYERS = 10_000
 _CHOICES = {"init": ("identity", "paper"), "parametrization": ("cholesky", "householder")}
 _EXPONENTS: dict[str, tuple[Any, Any]] = {
     "F64": (np.uint64, np.uint64(0x7FF0000000000000)), "F32": (np.uint32, np.uint32(0x7F800000)),
@@ -113,7 +116,7 @@ def check_fields(where: str, config: Mapping[str, Any]) -> None:
     """Refuse values that are none for their fields; arguments and errors as for `check_config`."""
 
     def refuse(name: str, why: str) -> None:
-        raise ReftuneError(f"{where}{name}={config[name]!r}: {why}.")
+        raise ReftuneError(f"{where}{name}={shortened(repr(config[name]))}: {why}.")
 
     for name, value in config.items():
         kinds = _KINDS.get(name, (object,))
@@ -126,6 +129,8 @@ def check_fields(where: str, config: Mapping[str, Any]) -> None:
     listed = layers if isinstance(layers, (list, tuple)) else [layers]
     if layers != "all" and (not listed or not all(type(number) is int for number in listed)):
         refuse("layers_to_transform", "give a layer number, a list of them, or 'all'")
+    if len(listed) > _MOST_LAYERS:
+        refuse("layers_to_transform", f"names more than {_MOST_LAYERS:,} layers, which no model has")
     if len(set(listed)) < len(listed):
         refuse("layers_to_transform", "a layer is named twice")
     if not config.get("component", "block_output"):
@@ -190,6 +195,21 @@ def read_weights(folder: str | Path, config: Mapping[str, Any]) -> dict[str, dic
             if bool(((bits & exponent) == exponent).any()):
                 raise not_finite(path, name)
     return tensors
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Refuse a pickle in place of the weights, and weights that are no file: PEFT would read them, or wait for ever.
+
+    Raises:
+        ReftuneError: naming the file.
+    """
+    path, pickled = folder / WEIGHTS_FILE, folder / "adapter_model.bin"
+    if os.path.lexists(path) and not path.is_file():
+        raise ReftuneError(f"{path} is not a file; save the adapter again.")
+    if pickled.exists() and not path.is_file():
+        raise ReftuneError(
+            f"{pickled} is a pickle, which is not read; save the adapter as safetensors (safe_serialization=True)."
+        )
 
 
 def tensor_values(tensor: Mapping[str, Any]) -> np.ndarray:

@@ -21,6 +21,7 @@ from reftune.adapter.checkpoint import (
     check_fields,
     read_adapter_config,
     read_weights,
+    refuse_other_files,
 )
 from reftune.adapter.loading import load_or_leave, load_what_fits
 from reftune.adapter.tuner import REFT, ReftModel
@@ -128,6 +129,8 @@ class ReftConfig(PeftConfig):
             config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         except ReftuneError as error:
             raise ReftuneError(f"{place / CONFIG_FILE}: {error}") from None
+        if place.is_dir():
+            refuse_other_files(place)
         config.weights_file = place / WEIGHTS_FILE
         return config
 

@@ -24,7 +24,7 @@ from reftune.adapter.checkpoint import CONFIG_FILE
 from reftune.adapter.merging import merge_constant
 from reftune.adapter.tensors import check_tensors, unchanged_on_error, under
 from reftune.engine.blocks import device_of, inside
-from reftune.engine.hooks import Engine
+from reftune.engine.hooks import BASE_ROW, Engine
 from reftune.engine.intervention import Intervention
 from reftune.engine.planning import Planner
 from reftune.engine.position_plan import rows_of
@@ -141,6 +141,10 @@ class ReftModel(BaseTuner):
         if config.peft_type != REFT:
             raise ReftuneError(
                 f"adapter {adapter_name!r} is a {config.peft_type} adapter; ReFT attaches ReftConfig only."
+            )
+        if adapter_name == BASE_ROW:
+            raise ReftuneError(
+                f"{BASE_ROW!r} names the base model's rows in a mixed batch; give the adapter another name."
             )
         self._check_new_adapter_config(config)
         self._check_tied_modules(model, config)

@@ -37,6 +37,7 @@ from reftune.adapter.checkpoint import (
     not_finite,
     read_adapter_config,
     read_weights,
+    refuse_other_files,
     trained_beside_edits,
 )
 from reftune.edits import Edit, FoldedEdit, RotatedEdit, edit_class, make_edit
@@ -133,6 +134,7 @@ def read_folded(folder: str | Path) -> FoldedAdapter:
         tensors, content = store.read_with_digest(name)
         return fold_adapter(folder, store.config, tensors, content)
     config = read_adapter_config(folder)
+    refuse_other_files(folder)
     try:
         raw = (folder / WEIGHTS_FILE).read_bytes()
         tensors = load(raw)
