@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from reftune.output.pictures import new_figure, save_figure
@@ -51,6 +53,12 @@ class HeatMap:
         """Draw it into a PNG, **which is replaced**."""
         plot_heat_map(self, path)
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        picture = BytesIO()
+        _drawn(self, self.title, None).savefig(picture, format="png")
+        return picture.getvalue()
+
 
 def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None, lowest: float | None = None) -> None:
     """Draw a heat map, layers upwards as the computation goes; **replaces the file**.
@@ -61,6 +69,10 @@ def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None,
         title: in place of the map's own.
         lowest: where the colours begin; None: at the least value (around zero where values have both signs).
     """
+    save_figure(_drawn(heat_map, heat_map.title if title is None else title, lowest), path)
+
+
+def _drawn(heat_map: HeatMap, title: str, lowest: float | None) -> Figure:
     values = heat_map.values.float().numpy()
     height, width = values.shape
     size = min(14.0, max(4.2, 2.6 + 0.62 * width)), min(7.5, max(2.4, 1.4 + 0.3 * height))
@@ -81,7 +93,7 @@ def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None,
     step = max(1, height // 12)
     axes.set_yticks(range(0, height, step), heat_map.rows[::step])
     axes.set_ylabel("layer")
-    axes.set_title(heat_map.title if title is None else title, fontsize=10)
+    axes.set_title(title, fontsize=10)
     if height * width <= 72:
         middle = sum(limits) / 2
         for row in range(height):
@@ -91,4 +103,4 @@ def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None,
                 ink = _INK if pale else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
     figure.colorbar(image, ax=axes)
-    save_figure(figure, path)
+    return figure

@@ -61,6 +61,9 @@ class TrainedRun:
     edited: EditedModel
     losses: list[float]
 
+    def __repr__(self) -> str:
+        return f"TrainedRun({str(self.folder)!r}, train_loss={self.metrics.get('train_loss')})"
+
 
 def load_base(recipe: TrainRecipe, **others: Any) -> tuple[Any, Any]:
     """A recipe's base model and tokenizer (`others` as for `models.load`).
