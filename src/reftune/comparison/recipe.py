@@ -34,7 +34,7 @@ _OWN: Mapping[str, tuple[str, ...]] = {
 }
 _ONE_RUN = (
     "resume", "overwrite", "show", "tensorboard", "wandb", "log_every", "adapter_column", "share", "bias_lr",
-    "cohort_tokens", "patience", "objective", "factors",
+    "cohort_tokens", "patience", "objective", "factors", "reward", "answers", "answer_tokens", "beta",
 )  # fmt: skip
 """Keys of TrainRecipe that say how one run is watched; a comparison has its own ways."""
 

@@ -110,29 +110,36 @@ def examples_of(
     return examples
 
 
-def pairs_of(rows: Sequence[RawRow], *, columns: Mapping[str, str] | None = None) -> list[Example]:
+def pairs_of(
+    rows: Sequence[RawRow],
+    *,
+    columns: Mapping[str, str] | None = None,
+    sides: tuple[str, str] = ("positive", "negative"),
+) -> list[Example]:
     """Rows that have been read, with a `prompt`, a `positive` answer and a `negative` one (each example's `rejected`).
 
     Args:
         rows: as `reading.read_rows` gives them.
         columns: from a field to the column that holds it.
+        sides: what the two answers are called.
 
     Raises:
         ReftuneError: naming file, row and field; a pair of equal answers too.
     """
     columns = dict(columns or {})
-    sides = [columns.pop(side, side) for side in ("positive", "negative")]
+    better_name, worse_name = sides
+    sides = (columns.pop(better_name, better_name), columns.pop(worse_name, worse_name))
     for field in (columns.get("prompt", "prompt"), *sides):
         if field not in rows[0].values:
             present = ", ".join(map(str, rows[0].values))
             raise ReftuneError(
-                f"{rows[0].source}: a pair needs prompt, positive and negative, and there is no column {field!r} among "
-                f"{present}. Name your columns: --columns positive=...,negative=..."
+                f"{rows[0].source}: a pair needs prompt, {better_name} and {worse_name}, and there is no column "
+                f"{field!r} among {present}. Name your columns: --columns {better_name}=...,{worse_name}=..."
             )
     better, worse = (examples_of(rows, columns={**columns, "completion": side}) for side in sides)
     for one, other in zip(better, worse, strict=True):
         if one.completion.strip() == other.completion.strip():
-            raise ReftuneError(f"{one.where}: positive and negative are the same text; a pair has to differ.")
+            raise ReftuneError(f"{one.where}: {better_name} and {worse_name} are the same text; a pair has to differ.")
     return [replace(one, rejected=other.completion) for one, other in zip(better, worse, strict=True)]
 
 

@@ -86,14 +86,14 @@ class Encoding:
     def _behind(self, prompt: Any) -> Any:
         return behind(self.before, prompt, self.system_prompt) if self.before else prompt
 
+    def turn(self, example: Example) -> tuple[str, str]:
+        """A prompt, and its completion with the end of its turn, as text (see `templates.render_turn`)."""
+        example = self._behind(example)
+        return render_turn(example, self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs)
+
     def turn_ids(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
         """Token ids of each example's prompt, and of its completion as the model has to write it."""
-        turns = [
-            render_turn(
-                self._behind(example), self.tokenizer, self.template, self.system_prompt, self.chat_template_kwargs
-            )
-            for example in examples
-        ]
+        turns = [self.turn(example) for example in examples]
         prompts = self._prompt_ids([prompt for prompt, _ in turns], examples)
         for (_, completion), example in zip(turns, examples, strict=True):
             check_text(completion, f"{_where(example)}the completion")

@@ -43,9 +43,7 @@ def load_judge(source: str) -> Judge:
     place, colon, name = source.rpartition(":")
     if colon and name and Path(place).expanduser().is_dir():
         return _classifier(Path(place).expanduser(), name)
-    if not colon or not place or not name:
-        raise ReftuneError(f"judge {source!r} is no folder and names no function: {_FORMS}.")
-    return _of_function(_function(place, name, source), source)
+    return _of_function(load_function(source, "judge"), source)
 
 
 def accepted_share(judge: Judge, answers: Sequence[str]) -> float:
@@ -53,13 +51,26 @@ def accepted_share(judge: Judge, answers: Sequence[str]) -> float:
     return sum(judge(answers)) / len(answers)
 
 
-def _function(place: str, name: str, source: str) -> Callable[[str], Any]:
+def load_function(source: str, what: str) -> Callable[..., Any]:
+    """The function that ``module:function`` or ``file.py:function`` names; **the module or file is run**.
+
+    Args:
+        source: the text.
+        what: it is to be, for messages.
+
+    Raises:
+        ReftuneError: there is no such file or function, or it cannot be loaded.
+    """
+    place, colon, name = source.rpartition(":")
+    forms = _FORMS if what == "judge" else "write module:function or file.py:function"
+    if not colon or not place or not name:
+        raise ReftuneError(f"{what} {source!r} names no function: {forms}.")
     try:
         if place.endswith(".py"):
             path = Path(place).expanduser()
             if not path.is_file():
-                raise ReftuneError(f"judge {source!r}: there is no file {path}.")
-            spec = importlib.util.spec_from_file_location(f"reftune_judge_{path.stem}", path)
+                raise ReftuneError(f"{what} {source!r}: there is no file {path}.")
+            spec = importlib.util.spec_from_file_location(f"reftune_{what}_{path.stem}", path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -73,12 +84,12 @@ def _function(place: str, name: str, source: str) -> Callable[[str], Any]:
         raise
     except Exception as error:  # whatever the user's own code raises
         missing = isinstance(error, ModuleNotFoundError) and error.name == place.partition(".")[0]
-        way_out = f"; {_FORMS}" if missing else ""
-        raise ReftuneError(f"judge {source!r} cannot be loaded: {type(error).__name__}: {error}{way_out}.") from error
+        way_out = f"; {forms}" if missing else ""
+        raise ReftuneError(f"{what} {source!r} cannot be loaded: {type(error).__name__}: {error}{way_out}.") from error
     function = getattr(module, name, None)
     if not callable(function):
         state = "has no function" if function is None else "has, but not as a function,"
-        raise ReftuneError(f"judge {source!r}: {place} {state} {name!r}.")
+        raise ReftuneError(f"{what} {source!r}: {place} {state} {name!r}.")
     return function
 
 

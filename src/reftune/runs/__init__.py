@@ -1,7 +1,7 @@
 """A recipe carried out, from a file of rows to an adapter's folder.
 
 Open `recipe.py` for what can be set (every flag and YAML key is a field there), `recipe_values.py` for how values are
-read, `completion.py` and `classification.py` for the two kinds of run, `steps.py` for what they share,
+read, `completion.py`, `classification.py` and `preferences.py` for the kinds of run, `steps.py` for what they share,
 `output_folder.py` for what happens to files, `model_card.py` for the README that a run writes, `demo.py` for
 `reftune demo`.
 
@@ -32,6 +32,7 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
     """
     from reftune.errors import ReftuneError
     from reftune.output import terminal
+    from reftune.runs.recipe import PREFERENCES
 
     if recipe.adapter_column is not None:
         raise ReftuneError(f"adapter_column={recipe.adapter_column!r}: many users are trained by `reftune.users.run`.")
@@ -40,6 +41,10 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
         from reftune.runs.classification import run_classification
 
         return run_classification(recipe, console)
+    if recipe.objective in PREFERENCES:
+        from reftune.runs.preferences import run_preferences
+
+        return run_preferences(recipe, console)
     from reftune.runs.completion import run_completion
 
     return run_completion(recipe, console)

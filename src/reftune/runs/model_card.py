@@ -30,7 +30,9 @@ def model_card(recipe: TrainRecipe, metrics: dict[str, Any], tokenizer: Any) -> 
         "pipeline_tag": "text-classification" if classifies else "text-generation",
     }
     results = [
-        f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in ("train_loss", "eval_loss") if metrics.get(name)
+        f"{name.replace('_', ' ')} {metrics[name]:.4f}"
+        for name in ("train_loss", "eval_loss", "reward", "eval_reward", "reward_margin", "reward_accuracy")
+        if metrics.get(name)
     ]
     for part in ("validation", "test", "test_mismatched", "test_file"):
         if isinstance(score := metrics.get(part), dict):

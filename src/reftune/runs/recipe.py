@@ -48,6 +48,9 @@ BIAS_RATE = 25.0
 """How many times the learning rate of what users share suits their biases (measured: docs/how-to/many-users.md)."""
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
+REWARDED = ("grpo", "rloo")
+PREFERENCES = ("dpo", "kto", "orpo", *REWARDED)
+"""Objectives of TRL."""
 _LIMITS = {
     "rank": (1, 65_536),
     "batch_size": (1, 1_000_000),
@@ -166,11 +169,26 @@ class TrainRecipe:
     parametrization: Literal["cholesky", "householder"] = _option(
         "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
     )
-    objective: Literal["completion", "reps", "reft-r1"] = _option(
+    objective: Literal["completion", "reps", "reft-r1", "dpo", "kto", "orpo", "grpo", "rloo"] = _option(
         "completion",
         "Training",
-        "What is minimised: the answer's loss; or on pairs (columns positive, negative) a preference between the two "
-        "answers (reps), or the loss of both under a direction that detects itself (reft-r1).",
+        "What is minimised: the answer's loss; on pairs (columns positive, negative) a preference between the two "
+        "answers (reps), or the loss of both under a direction that detects itself (reft-r1); by TRL: preferences on "
+        "rows with chosen and rejected (dpo, orpo) or completion and label (kto), or minus the --reward of answers "
+        "that the model writes to each prompt (grpo, rloo).",
+    )
+    reward: str | None = _option(
+        None,
+        "Training",
+        "grpo, rloo: FILE.py:function, called as TRL does with prompts, completions and the rows' columns, or numeric: "
+        "1 where the last number is that of the column answer. (default: numeric)",
+    )
+    answers: int = _option(8, "Training", "grpo, rloo: answers written to each prompt, which are compared.", least=2)
+    answer_tokens: int = _option(128, "Training", "grpo, rloo: longest answer.", "tokens", least=1)
+    beta: float | None = _option(
+        None,
+        "Training",
+        "dpo, kto, orpo, grpo, rloo: weight of the unedited model; default: TRL's.",
     )
     factors: str | float | list[float] | None = _option(
         None,
@@ -286,6 +304,7 @@ class TrainRecipe:
             "schedule": self.schedule in ("greedy", "reduce_lr_on_plateau") and "use linear, cosine or constant",
             "parametrization": self.parametrization != "cholesky" and "use cholesky",
             "wandb": self.wandb and "what training came to is in users.jsonl",
+            "objective": self.objective != "completion" and "users are trained on their answers",
             "show": self.show and "it shows one adapter's rows; leave it out",
         }
         for name, why in unfit.items():
@@ -334,10 +353,16 @@ class TrainRecipe:
         name = f"objective={self.objective!r}"
         if self.factors is not None and self.objective != "reps":
             raise ReftuneError(f"factors={self.factors} has a meaning for objective='reps' alone: leave it out.")
+        if self.objective not in PREFERENCES:
+            for field in ("reward", "beta"):
+                if getattr(self, field) is not None:
+                    raise ReftuneError(f"{field}={getattr(self, field)!r} has no meaning for {name}: leave it out.")
         if self.objective == "completion":
             return
         if self.task == "classification":
             raise ReftuneError(f"{name} has no meaning for task='classification': leave it out.")
+        if self.objective in PREFERENCES:
+            return self._check_preferences(name)
         if self.gradient_checkpointing:
             raise ReftuneError(f"{name} is not possible with gradient_checkpointing: leave one of the two out.")
         if self.objective == "reft-r1":
@@ -346,6 +371,26 @@ class TrainRecipe:
                 raise ReftuneError(f"{name} trains one vector: set method: lobireft, rank: 1, and a single layer.")
             if self.prefix_reuse == "on":
                 raise ReftuneError(f"prefix_reuse='on' is not possible with {name}: use 'auto' or 'off'.")
+
+    def _check_preferences(self, name: str) -> None:
+        """Refuse what TRL's objectives cannot be combined with."""
+        if self.prefix_reuse == "on":
+            raise ReftuneError(f"prefix_reuse='on' is not possible with {name}: use 'auto' or 'off'.")
+        for field in ("init_from", "show"):
+            if getattr(self, field):
+                raise ReftuneError(f"{field}={getattr(self, field)!r} is not possible with {name}: leave it out.")
+        if self.beta is not None and not 0 <= self.beta <= 1000:
+            raise ReftuneError(f"beta={self.beta:g}: must be at least 0 and at most 1,000.")
+        rows = self.batch_size * self.gradient_accumulation
+        if self.objective in REWARDED and rows % self.answers:
+            raise ReftuneError(
+                f"batch_size={self.batch_size}: a step takes {rows} answers, which must be a multiple of the "
+                f"{self.answers} of a prompt (--answers)."
+            )
+        if self.objective not in REWARDED and self.reward is not None:
+            raise ReftuneError(f"reward={self.reward!r} has no meaning for {name}: leave it out.")
+        if self.objective == "kto" and self.batch_size < 2:
+            raise ReftuneError(f"batch_size={self.batch_size}: kto compares the rows of a batch, so at least 2.")
 
     def adapter_config(self, head: Sequence[str] = ()) -> ReftConfig:
         """The adapter as PEFT takes it; `head`: a classifier's modules that are trained and saved whole."""
@@ -380,6 +425,8 @@ class TrainRecipe:
         values |= {
             name: self.full_path(name) for name in ("train_file", "eval_file", "test_file", "model", "init_from")
         }
+        if self.reward and Path(place := self.reward.rpartition(":")[0]).expanduser().is_file():
+            values["reward"] = f"{Path(place).expanduser().resolve()}:{self.reward.rpartition(':')[2]}"
         values["output"] = str(Path(self.output).expanduser().resolve())
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 

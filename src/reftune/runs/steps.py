@@ -36,9 +36,10 @@ from reftune.runs.output_folder import (
     save_adapter,
     write_recipe,
 )
-from reftune.runs.recipe import RUN_FILE, TrainRecipe
+from reftune.runs.recipe import PREFERENCES, REWARDED, RUN_FILE, TrainRecipe
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.checkpoints import last_complete_checkpoint
+from reftune.training.resumable import ResumableTrainer
 from reftune.training.row_lengths import check_row_lengths
 from reftune.training.trainer import ReftTrainer
 
@@ -149,7 +150,7 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
 
 
 def begin_training(
-    recipe: TrainRecipe, place: OutputPlace, trainer: ReftTrainer, found: Mapping[str, str], console: Console
+    recipe: TrainRecipe, place: OutputPlace, trainer: ResumableTrainer, found: Mapping[str, str], console: Console
 ) -> None:
     """Refuse what cannot be trained, show the rows that were asked for and begin the output folder.
 
@@ -174,7 +175,7 @@ def begin_training(
         begin_output(recipe, place, found)
 
 
-def _check_optimizer(trainer: ReftTrainer, recipe: TrainRecipe) -> None:
+def _check_optimizer(trainer: ResumableTrainer, recipe: TrainRecipe) -> None:
     """Take a step of optimiser and schedule on a parameter of no use: some need packages, devices or more settings."""
     try:
         kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
@@ -194,7 +195,7 @@ def _check_optimizer(trainer: ReftTrainer, recipe: TrainRecipe) -> None:
         ) from None
 
 
-def train_until_done(trainer: ReftTrainer, recipe: TrainRecipe, place: OutputPlace) -> None:
+def train_until_done(trainer: ResumableTrainer, recipe: TrainRecipe, place: OutputPlace) -> None:
     """Train, and leave the model in evaluation mode.
 
     Raises:
@@ -208,15 +209,19 @@ def train_until_done(trainer: ReftTrainer, recipe: TrainRecipe, place: OutputPla
 
 
 def write_results(
-    recipe: TrainRecipe, place: OutputPlace, trainer: ReftTrainer, metrics: dict[str, Any], tokenizer: Any
+    recipe: TrainRecipe, place: OutputPlace, trainer: ResumableTrainer, metrics: dict[str, Any], tokenizer: Any
 ) -> TrainedRun:
     """Write adapter, curve, card and, last, the metrics: `metrics.json` says that the run is whole."""
     output = place.folder
     model = trainer.model
-    unit = "loss" if recipe.task == "classification" else "loss (nats per completion token)"
+    trl = recipe.objective in PREFERENCES
+    unit = "loss" if trl or recipe.task == "classification" else "loss (nats per completion token)"
     with readable_disk_errors(output):
         save_adapter(model, output)
-        _draw_curve(trainer, output / CURVE_FILE, unit)
+        if recipe.objective in REWARDED:
+            _draw_curve(trainer, output / CURVE_FILE, "mean reward", "reward")
+        else:
+            _draw_curve(trainer, output / CURVE_FILE, unit)
         write_recipe(recipe, output)
         write_text(output / CARD_FILE, model_card(recipe, metrics, tokenizer))
         write_text(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
@@ -229,14 +234,19 @@ def write_results(
 def training_arguments(
     recipe: TrainRecipe, output: Path, rows: int, evaluates: bool, **others: Any
 ) -> ReftTrainingArguments:
-    """What a recipe means for the trainer.
+    """What a recipe means for `ReftTrainer`; arguments as for `trainer_arguments`, and ``others``, which win."""
+    own = {"prefix_reuse": recipe.prefix_reuse, "objective": recipe.objective, "factors": recipe.factors or [1.0]}
+    return ReftTrainingArguments(**(trainer_arguments(recipe, output, rows, evaluates) | own | others))
+
+
+def trainer_arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: bool) -> dict[str, Any]:
+    """What a recipe means for transformers' Trainer.
 
     Args:
         recipe: the recipe.
         output: where checkpoints and logs go.
         rows: number of training rows.
         evaluates: whether to evaluate and save after each epoch, and keep the best.
-        **others: arguments that win over these.
     """
     if recipe.schedule in _WATCHING and not evaluates:
         raise ReftuneError(
@@ -245,7 +255,7 @@ def training_arguments(
     steps = max(1, -(-rows // (recipe.batch_size * recipe.gradient_accumulation))) * recipe.epochs
     report_to = [name for name, on in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)) if on]
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"} if evaluates else {}
-    arguments: dict[str, Any] = dict(
+    return dict(
         output_dir=str(output),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
@@ -256,9 +266,6 @@ def training_arguments(
         weight_decay=recipe.weight_decay,
         lr_scheduler_type=recipe.schedule,
         max_grad_norm=recipe.max_grad_norm,
-        prefix_reuse=recipe.prefix_reuse,
-        objective=recipe.objective,
-        factors=recipe.factors or [1.0],
         seed=recipe.seed,
         logging_steps=recipe.log_every or max(1, round(steps / 100)),
         save_strategy="epoch",
@@ -270,7 +277,6 @@ def training_arguments(
         **({"optim": _optimizer(recipe.optimizer)} if recipe.optimizer else {}),
         **best,
     )
-    return ReftTrainingArguments(**(arguments | others))
 
 
 def _optimizer(name: str) -> str:
@@ -293,12 +299,12 @@ def _report_to(wanted: list[str]) -> Any:
     return wanted or "none"
 
 
-def _draw_curve(trainer: ReftTrainer, path: Path, unit: str) -> None:
+def _draw_curve(trainer: ResumableTrainer, path: Path, unit: str, name: str = "loss") -> None:
     """Draw the losses; a picture that cannot be drawn loses nobody a run."""
     try:
         from reftune.training.plots import plot_loss
 
-        plot_loss(trainer.state.log_history, path, unit)
+        plot_loss(trainer.state.log_history, path, unit, name)
     except OSError:
         raise
     except Exception as error:  # matplotlib, installed in part or in a wrong version, raises anything

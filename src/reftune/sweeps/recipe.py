@@ -25,7 +25,7 @@ from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
 
 _NOT_IN_A_SWEEP = (
     "metric", "resume", "show", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
-    "factors",
+    "factors", "reward", "answers", "answer_tokens", "beta",
 )  # fmt: skip
 """Fields of TrainRecipe that a sweep has otherwise or not at all."""
 _NOT_SEARCHED = {

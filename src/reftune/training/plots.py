@@ -19,6 +19,7 @@ def plot_loss(
     log_history: Sequence[Mapping[str, Any]],
     path: str | os.PathLike[str],
     unit: str = "loss (nats per completion token)",
+    name: str = "loss",
 ) -> None:
     """Draw training and evaluation loss by optimiser step into a PNG. **Replaces the file**, all at once or not at all.
 
@@ -26,8 +27,9 @@ def plot_loss(
         log_history: ``trainer.state.log_history``: entries with ``step`` and ``loss`` or ``eval_loss``.
         path: the PNG; its folder is made.
         unit: what stands at the vertical axis.
+        name: what is drawn, of training and (with ``eval_``) of evaluation: ``loss``, or ``reward``.
     """
-    train, evaluation = _points(log_history, "loss"), _points(log_history, "eval_loss")
+    train, evaluation = _points(log_history, name), _points(log_history, f"eval_{name}")
     figure, axes = new_figure((7, 4), grid=True)
     if train:
         axes.plot(
@@ -35,18 +37,19 @@ def plot_loss(
         )
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color=_EVAL, linewidth=1.8, marker="o", markersize=4, label="eval")
-        step, best = min(evaluation, key=lambda point: point[1])
+        step, best = (min if name == "loss" else max)(evaluation, key=lambda point: point[1])
         axes.annotate(
             f"{best:.3f}", (step, best), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8, color=_EVAL
         )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
+    if name == "loss" and min([0.0, *(value for _, value in [*train, *evaluation])]) >= 0:
+        axes.set_ylim(bottom=0)
     if train or evaluation:
         axes.legend(frameon=False)
     else:
-        axes.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, f"no {name} was logged", ha="center", va="center", transform=axes.transAxes)
     save_figure(figure, Path(path))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -40,23 +41,30 @@ class ProgressBarCallback(TrainerCallback):
         throughput: where tokens a second come from.
         console: where to print; standard error by default.
         every_seconds: time between two lines where there is no terminal; ``REFTUNE_PROGRESS_SECONDS``, or 5, if None.
+        shown: names of what is logged that are shown, of training and (with ``eval_``) of evaluation; None: the loss,
+            and all that an evaluation gives.
     """
 
     def __init__(
-        self, throughput: ThroughputCallback, console: Console | None = None, every_seconds: float | None = None
+        self,
+        throughput: ThroughputCallback,
+        console: Console | None = None,
+        every_seconds: float | None = None,
+        shown: Sequence[str] | None = None,
     ) -> None:
+        self._shown = shown
         self._throughput = throughput
         self._console = console if console is not None else terminal.console(stderr=True)
         self._every_seconds = seconds_between_lines() if every_seconds is None else every_seconds
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._loss: float | None = None
+        self._now = ""
         self._first_step = 0
         self._began = self._last_line = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the bar at the step that training starts from."""
-        self._loss = None
+        self._now = ""
         self._began = self._last_line = time.monotonic()
         self._first_step = state.global_step
         if not state.is_world_process_zero or not self._console.is_terminal:
@@ -93,13 +101,14 @@ class ProgressBarCallback(TrainerCallback):
             name: value
             for name, value in logs.items()
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_time"))
+            if self._shown is None or name.removeprefix("eval_") in self._shown
         }
         if scores:
             text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
             self._print(f"step {state.global_step}/{state.max_steps}  {text}")
         if "loss" not in logs:
             return
-        self._loss = float(logs["loss"])
+        self._now = "  ".join(f"{name} {float(logs[name]):.4f}" for name in self._shown or ("loss",) if name in logs)
         if self._bar is not None:
             self._bar.update(self._task, status=self._status())
         elif time.monotonic() - self._last_line >= self._every_seconds or state.global_step >= state.max_steps:
@@ -118,8 +127,7 @@ class ProgressBarCallback(TrainerCallback):
 
     def _status(self) -> str:
         speed = self._throughput.tokens_per_second
-        loss = "" if self._loss is None else f"loss {self._loss:.4f}"
-        return f"{loss}  {speed:,.0f} tokens/s" if speed else loss
+        return f"{self._now}  {speed:,.0f} tokens/s" if speed else self._now
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self._first_step
