@@ -128,7 +128,7 @@ def test_pairs_train_an_adapter_that_prefers_the_positive_answers(
         (["--factors", "2"], "objective='reps' alone"),
         (["--objective", "reft-r1", "--layers", "1"], "one vector"),
         (["--objective", "reft-r1", "--method", "lobireft", "--rank", "1"], "one vector"),
-        (["--objective", "dpo"], "objective"),
+        (["--objective", "ppo"], "objective"),
     ],
     ids=str,
 )

@@ -181,7 +181,7 @@ class TrainRecipe:
         None,
         "Training",
         "grpo, rloo: FILE.py:function, called as TRL does with prompts, completions and the rows' columns, or numeric: "
-        "1 where the last number is that of the column answer. (default: numeric)",
+        "1 where the last number is that of the column answer (the default).",
     )
     answers: int = _option(8, "Training", "grpo, rloo: answers written to each prompt, which are compared.", least=2)
     answer_tokens: int = _option(128, "Training", "grpo, rloo: longest answer.", "tokens", least=1)
