@@ -57,7 +57,7 @@ class ReftConfig(PeftConfig):
         default="loreft",
         metadata={
             "help": "The edit: loreft (h + R^T(Wh + b - Rh)), direft (h + W2^T(W1h + b)), noreft, consreft, lobireft, "
-            "direft_orthogonal, gated, or a registered class."
+            "direft_orthogonal, nodireft, gated, or a registered class."
         },
     )
     r: int = field(default=4, metadata={"help": "Rank: dimensions of the edited subspace."})

@@ -438,5 +438,6 @@ def _recognise(
     wanted = "; ".join(" + ".join(shape.required) if answered else shape.asks for shape in shapes)
     raise ReftuneError(
         f"{source}: the columns ({', '.join(map(str, rows[0].values))}) are none of: {wanted}. "
-        "Rename them, or map them, e.g. columns={'prompt': 'question', 'completion': 'answer'}"
+        "Rename them, or map them, e.g. columns={'prompt': 'question', 'completion': 'answer'}, on the command line "
+        "--columns prompt=question,completion=answer"
     )

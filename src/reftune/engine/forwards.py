@@ -16,8 +16,9 @@ Role = Literal["only", "encoder", "decoder"]
 NO_PROMPT_IN_TRAINING = (
     "Training a causal language model at prompt positions needs to know where each prompt ends, and this forward has "
     "neither labels nor prompt_lengths (label smoothing, for one, takes the labels away). Send prompt_lengths (batch,) "
-    "with the batch, as reftune's collators do, or use positions='all'. For trainers that choose the model's arguments "
-    "themselves, as TRL's ORPO, CPO, GKD and OnlineDPO do, docs/how-to/trainers.md has the lines that pass it."
+    "with the batch, as reftune's collators do, or use positions='all'; where nothing is trained, call "
+    "model.eval(). For trainers that choose the model's arguments themselves, as TRL's ORPO, CPO, GKD and "
+    "OnlineDPO do, docs/how-to/trainers.md has the lines that pass it."
 )
 NO_PROMPT_UNCACHED = (
     "This forward was asked for without a cache (use_cache=False) and does not say where its prompt ends: as a step of "
