@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -20,6 +21,8 @@ from reftune.errors import ReftuneError
 from reftune.inference.generation import GenerationSettings, generate_answers
 from reftune.inference.loading import load_edited
 from reftune.steering.contrasts import split
+from reftune.steering.report import warnings
+from reftune.steering.run import steer as run_steer
 from reftune.steering.settings import SteerSettings
 from tests.cli.test_bad_input import refused
 from tests.cli.tiny_folder import save_tiny_model
@@ -375,11 +378,16 @@ def test_the_figures_of_a_gate_are_those_of_the_adapter_that_was_written(
     assert behind < read["kl, nats a token"] if sum(opened) < 8 else behind == read["kl, nats a token"]
 
 
-def test_a_gate_that_tells_nothing_is_told(steer, rows: Path, tmp_path: Path) -> None:
+def test_a_gate_that_tells_nothing_is_told_and_one_between_the_same_states_refused(
+    steer, rows: Path, tmp_path: Path
+) -> None:
     same = tmp_path / "same.csv"
     same.write_text("prompt,label\n" + "".join(f"say {n // 2},{n % 2}\n" for n in range(24)))
-    result = steer(rows, "--when", same, "--layers", "0", "--positions", "l1")
-    assert result.exit_code == 0 and "hardly tells where to act" in result.output
+    refused(steer(rows, "--when", same, "--layers", "0", "--positions", "l1"), "same states on prompts")
+    assert not (tmp_path / "out").exists()
+    assert steer(rows, "--layers", "0").exit_code == 0
+    dull = found(tmp_path / "out") | {"gates": [{"layer": 0.0, "held-out accuracy": 0.6}]}
+    assert any("hardly tells where to act" in warning for warning in warnings(dull))
 
 
 def test_gates_that_cannot_be(steer, pairs: Path, when: Path, tmp_path: Path) -> None:
@@ -463,4 +471,12 @@ def test_safetensors_that_are_no_vectors_are_one_error(steer, tmp_path: Path) ->
     refused(steer(path), "width 24")
     path.write_bytes(b"\x00" * 40)
     refused(steer(path), "vector.safetensors", "safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_strength_that_makes_the_model_overflow_writes_nothing(tiny: Path, tmp_path: Path) -> None:
+    save_file({"1": torch.full((16,), 3e38)}, tmp_path / "vector.safetensors")
+    settings = SteerSettings(output=str(tmp_path / "out"), model=str(tiny), device="cpu")
+    with pytest.raises(ReftuneError, match="no longer finite"):
+        run_steer(str(tmp_path / "vector.safetensors"), settings, Console(quiet=True))
     assert not (tmp_path / "out").exists()

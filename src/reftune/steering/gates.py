@@ -75,8 +75,13 @@ def find_gate(act: TokenStates, rest: TokenStates, act_held: TokenStates, rest_h
         rest: states where it should not.
         act_held: others like the first, to choose the threshold on.
         rest_held: others like the second.
+
+    Raises:
+        ReftuneError: no probe tells the two apart, because their states are the same.
     """
     normal = probe_normal(np.asarray(act, np.float64), np.asarray(rest, np.float64))
+    if not np.linalg.norm(normal) > 0:
+        raise ReftuneError("when: the model has the same states on prompts where to act and where not; change them.")
     probe = normal / np.linalg.norm(normal)
     on, off = (np.sort(np.asarray(held, np.float64) @ probe) for held in (act_held, rest_held))
     values = np.unique(np.concatenate([on, off]))

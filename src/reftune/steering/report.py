@@ -96,9 +96,11 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _divergence(found: dict[str, Any]) -> str:
     """The divergence, what of it may be by chance, and how well a strength holds on rows that did not find it."""
-    error, asked = found["standard error of kl"], found["settings"]["kl"]
-    said = f"{found['kl, nats a token']:.3g}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")
-    said += f" nats a token, mean and standard error of {found['neutral rows']} neutral answers"
+    error, asked, kl = found["standard error of kl"], found["settings"]["kl"], f"{found['kl, nats a token']:.3g}"
+    if error is None:
+        return f"{kl} nats a token, of one neutral answer" + ("" if asked is None else f" (asked: {asked:g})")
+    said = f"{kl} \N{PLUS-MINUS SIGN} {error:.2g} nats a token, mean and standard error of "
+    said += f"{found['neutral rows']} neutral answers"
     if asked is None:
         return said
     halves = ", ".join(f"{kl:.3g}" for kl in found["kl of each half at the other's strength"])

@@ -417,6 +417,11 @@ def _measure(
         after = {side: base.loss(rows, on.at(strength)) for side, rows in found.held.items()}
         before = {side: base.loss(rows, on.at(0.0)) for side, rows in found.held.items()}
     kl, error, neutral_loss = effect.told
+    if not np.isfinite([kl, neutral_loss, *after.values()]).all():
+        raise ReftuneError(
+            f"At strength {strength:.3g} the model's answers are no longer finite numbers: choose a smaller --scale, "
+            "or give vectors of the size of the hidden states."
+        )
     behind = None
     if gates:
         with edits(gates=gates) as on:
