@@ -58,7 +58,10 @@ NOT_RUN = {
         'reftune generate "0.5*adapters',
         'model = PeftModel.from_pretrained(base, "adapters/pirate"',
     ],
-    "docs/how-to/many-users.md": ["reftune train --train-file rows.csv --adapter-column"],
+    "docs/how-to/many-users.md": [
+        "reftune train --train-file rows.csv --adapter-column user --eval",
+        "reftune train --train-file rows.csv --adapter-column user --share",
+    ],
     "docs/how-to/user-store.md": ["reftune serve smollm2", "reftune store list"],
     "docs/how-to/gpu.md": [
         "reftune train --train-file rows.csv --model smollm2 --device cuda",

@@ -44,8 +44,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: Path, rows: Path) ->
     folder = tmp_path_factory.mktemp("runs") / "out"
     result = CliRunner().invoke(
         app,
-        ["train", "--train-file", str(rows), "--model", str(tiny), "--layers", "1", "--rank", "2", "--epochs", "2",
-         "--batch-size", "4", "--eval-fraction", "0.25", "--lr", "0.05", "--output", str(folder), "--no-tensorboard",
+        ["train", "--train-file", str(rows), "--model", str(tiny), "--method", "loreft", "--positions", "l1", "--layers", "1",
+         "--rank", "2", "--epochs", "2", "--batch-size", "4", "--eval-fraction", "0.25", "--lr", "0.05", "--output", str(folder), "--no-tensorboard",
          "--device", "cpu"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -48,6 +48,29 @@ def test_a_missing_file(train, rows: Path) -> None:
     refused(train(train_file=rows.with_name("row.csv")), "row.csv", "did you mean rows.csv")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--learning-rate", "1e-3"), "--lr"),
+        (("--num-train-epochs", "1"), "--epochs"),
+        (("--method", "lora"), "reftune compare"),
+        (("--batch-size", "many"), "batch-size='many'"),
+        (("--like", "nobody"), "blog or paper or serving"),
+    ],
+)
+def test_other_libraries_words_are_answered_with_ours(cli, rows: Path, flags: tuple[str, ...], said: str) -> None:
+    result = cli("train", "--train-file", rows, *flags)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert said in result.stderr
+
+
+def test_layers_and_columns_are_named_as_the_command_line_does(train, tmp_path: Path) -> None:
+    refused(train(layers=40), "layers=[40]: this model has 2 layers")
+    questions = tmp_path / "qa.csv"
+    questions.write_text("question,reply\nwho,me\n")
+    refused(train(train_file=questions), "--columns prompt=question,completion=answer")
+
+
 def test_no_file_at_all(cli) -> None:
     refused(cli("train"), "--train-file")
 

@@ -77,7 +77,7 @@ def test_a_recipe_survives_its_own_yaml(tmp_path: Path) -> None:
     path.write_text(recipe.to_yaml())
     assert resolve_recipe(path) == recipe
     assert set(yaml.safe_load(recipe.to_yaml())) == {item.name for item in fields(TrainRecipe)} - {
-        "resume", "overwrite", "show",
+        "resume", "overwrite", "show", "quiet", "like", "budget",
     }  # fmt: skip
 
 

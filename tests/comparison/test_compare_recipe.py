@@ -52,7 +52,7 @@ def test_the_reference_is_the_first_lora_and_rates_have_defaults(written: Writte
     methods = {"a": "loreft", "b": {"method": "lora"}, "c": {"method": "lora", "rank": 1}, "full": "full"}
     recipe = resolve_comparison(written(tmp_path, methods))
     assert recipe.reference == "b"
-    assert [method.train.lr for method in recipe.methods] == [4e-3, 1e-3, 1e-3, 5e-5]
+    assert [method.train.lr for method in recipe.methods] == ["auto", 1e-3, 1e-3, 5e-5]
     shared = resolve_comparison({**written(tmp_path, methods), "lr": 1e-2})
     assert {method.train.lr for method in shared.methods} == {1e-2}
 

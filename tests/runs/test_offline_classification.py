@@ -35,7 +35,7 @@ def held_out_accuracy(output: Path, **changed: Any) -> float:
 def test_edits_and_head_learn_more_than_the_head_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # the recipe names its rows from there
     with_edits = held_out_accuracy(tmp_path / "edits")
-    attach = classifier_runs.get_peft_model
+    attach = classifier_runs.attach_edit
 
     def frozen_edits(*arguments: Any) -> Any:
         model = attach(*arguments)
@@ -44,7 +44,7 @@ def test_edits_and_head_learn_more_than_the_head_alone(tmp_path: Path, monkeypat
                 parameter.requires_grad = False  # at their identity start they leave the encoder as it is
         return model
 
-    monkeypatch.setattr(classifier_runs, "get_peft_model", frozen_edits)
+    monkeypatch.setattr(classifier_runs, "attach_edit", frozen_edits)
     head_alone = held_out_accuracy(tmp_path / "head")
     print(f"held-out accuracy: edits and head {with_edits:.3f}, head alone {head_alone:.3f}")
     assert with_edits >= 0.75  # chance is 0.5; of 200 rows

@@ -91,7 +91,7 @@ def test_every_field_has_help_and_a_group() -> None:
 
 def test_the_adapter_is_what_the_recipe_says() -> None:
     config = TrainRecipe(
-        train_file="x", layers="2,5", rank=3, positions="F2+L3", act_fn="relu", init="paper",
+        train_file="x", method="loreft", layers="2,5", rank=3, positions="F2+L3", act_fn="relu", init="paper",
         parametrization="householder",
     ).adapter_config()  # fmt: skip
     assert (config.r, config.layers_to_transform, config.positions, config.act_fn) == (3, [2, 5], "f2+l3", "relu")

@@ -45,6 +45,10 @@ _EDIT_OPTIONS = ("dropout", "act_fn", "init", "parametrization", "add_bias")
 class ReftConfig(PeftConfig):
     """Configuration of a ReFT adapter (arXiv 2404.03592): sites x positions x edit.
 
+    The defaults are the paper's method at the least cost. The best setting known, which `reftune train` takes, is
+    ``method="direft", r=1, layers_to_transform="all", positions="l1+generated"``, with the learning rate of
+    `reftune.runs.known_settings.learning_rate` (docs/choosing.md).
+
     Raises:
         ReftuneError: a field out of its range; the message names it and the way out. Fields that depend on the base
             model (layers, component, rank against width) are checked when the adapter meets it.

@@ -29,6 +29,9 @@ _QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
+NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
+"""Of the click that typer brings or uses."""
+
 logger = logging.getLogger("reftune")
 
 
@@ -54,6 +57,16 @@ class Command(NamedTuple):
         alone = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
         alone.command(self.name, context_settings=self.settings)(function)
         return typer.main.get_command(alone)
+
+
+def flags_meant(option: str, ctx: Any) -> list[str]:
+    """The flags of a command that other libraries call by this name."""
+    from reftune.cli.flags import flag_name
+    from reftune.runs.recipe import recipe_fields
+
+    there = {name for parameter in ctx.command.params for name in parameter.opts} if ctx else set()
+    word = option.lstrip("-").replace("-", "_")
+    return [flag for item in recipe_fields() if word in item.metadata["aka"] and (flag := flag_name(item)) in there]
 
 
 class Commands(TyperGroup):
@@ -84,6 +97,9 @@ class Commands(TyperGroup):
         """Carry it out; print what the user can mend, and let a bug keep its traceback."""
         try:
             return super().invoke(ctx)
+        except NoSuchOption as error:
+            error.possibilities = flags_meant(error.option_name, error.ctx) or error.possibilities
+            raise
         except (ReftuneError, KeyboardInterrupt, OSError, ImportError) as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise

@@ -22,9 +22,10 @@ from reftune.data.tokenising import Encoding
 from reftune.data.values import check_text
 from reftune.edits import available_edits
 from reftune.errors import ReftuneError
-from reftune.runs.recipe import TrainRecipe, adapter_keys
+from reftune.runs.known_settings import AUTO
+from reftune.runs.recipe import DIALS, TrainRecipe, adapter_keys
 from reftune.runs.recipe_values import also_known_as, check_names, read_layers, read_number, told_at
-from reftune.runs.steps import encode_rows
+from reftune.runs.steps import attach_edit, encode_rows
 
 WEIGHTS = ("lora", "dora")
 UNTRAINED = ("base", "prompted", "few-shot")
@@ -64,7 +65,9 @@ def _names(key: str, value: Any) -> list[str] | str:
 
 def _layers(key: str, value: Any) -> list[int] | None:
     layers = read_layers(value)
-    return None if layers == "all" else [layers] if isinstance(layers, int) else layers
+    if isinstance(layers, str) and layers != "all":
+        raise ReftuneError(f"{key}={value!r}: write layer numbers; places such as 8/32 are for edits.")
+    return None if isinstance(layers, str) else [layers] if isinstance(layers, int) else layers
 
 
 def _words(key: str, value: Any) -> str:
@@ -96,7 +99,7 @@ _KEYS: Mapping[str, Mapping[str, _Key]] = {
     "few-shot": {"examples": _Key(_whole, ("k", "shots", "few_shot"), 4)},
 }
 _DEFAULT_LR = {"lora": 1e-3, "dora": 1e-3, "ia3": 5e-3, "prefix": 1e-2, "prompt": 3e-2, "full": 5e-5}
-"""Where neither the method nor the recipe gives one; edits have TrainRecipe's default."""
+"""Where neither the method nor the recipe gives one; that of edits is found for the model."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Method:
                 label = f"{self.weights} {name}" if "+" in self.kind else name
                 parts.append(f"{label.replace('_', ' ')} {_listed(value)}")
         if self.trains:
-            parts.append(f"lr {self.train.lr:g}")
+            parts.append(f"lr {_listed(self.train.lr)}")
         return ", ".join(parts)
 
 
@@ -183,16 +186,17 @@ def read_method(name: str, given: Any, shared: Mapping[str, Any]) -> Method:
         trained = [key for key in TRAINING_KEYS if key != "prefix_reuse" or (edits and not plus)]
         names = also_known_as(TrainRecipe)
         known = own | {
-            key: names[key] for key in (*(adapter_keys()[1:] if edits else ()), *(() if kind in UNTRAINED else trained))
+            key: names[key]
+            for key in (*((*DIALS, *adapter_keys()[1:]) if edits else ()), *(() if kind in UNTRAINED else trained))
         }
         others = [word for words in own.values() for word in words]
         for key in values:
-            if key in names and key not in (*known, *adapter_keys(), *TRAINING_KEYS, *others):
+            if key in names and key not in (*known, *DIALS, *adapter_keys(), *TRAINING_KEYS, *others):
                 raise ReftuneError(f"{key!r} is shared by all methods; write it at the top of the recipe.")
         check_names(values, {"method": (), **known})
         settings = {key: value for key, value in values.items() if key not in own}
-        if "lr" not in (*values, *shared) and weights in _DEFAULT_LR and not plus:
-            settings["lr"] = _DEFAULT_LR[weights]
+        if not edits and values.get("lr", shared.get("lr", AUTO)) == AUTO:
+            settings["lr"] = _DEFAULT_LR.get(kind, 1e-3)
         if plus or not edits:
             settings["prefix_reuse"] = "off"  # what these train lies under every token
         if edits:
@@ -265,13 +269,14 @@ def attach_method(method: Method, base: Any, tokenizer: PreTrainedTokenizerBase)
             config = peft_config(method, tokenizer)
             return Adapted(*_both("default", get_peft_model(base, config)))
         if method.weights is None:
-            return Adapted(*_both("default", get_peft_model(base, method.train.adapter_config())))
+            return Adapted(*_both("default", attach_edit(base, method.train.fitted(base))))
         below = get_peft_model(base, peft_config(method, tokenizer))
+        plain = below.get_base_model()
         # The second is made on what is under the first, under a name of its own.
         with warnings.catch_warnings():  # PEFT warns of a second one by accident; this is on purpose
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            edit = get_peft_model(below.get_base_model(), method.train.adapter_config(), adapter_name="edit")
+            edit = attach_edit(plain, method.train.fitted(plain), adapter_name="edit")
         return Adapted(edit, {"default": _peft(below), "edit": _peft(edit)})
     except ReftuneError:
         raise

@@ -11,7 +11,8 @@ import yaml
 
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
-from reftune.runs.recipe import TrainRecipe, adapter_keys
+from reftune.runs.known_settings import AUTO
+from reftune.runs.recipe import DIALS, TrainRecipe, adapter_keys
 from reftune.runs.recipe_values import also_known_as, check_names, merged, read_number, read_yaml, told_at
 
 RECIPE_FILE = "comparison.yaml"
@@ -33,7 +34,7 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "title": ("name",),
 }
 _ONE_RUN = (
-    "resume", "overwrite", "show", "tensorboard", "wandb", "log_every", "adapter_column", "share", "bias_lr",
+    "resume", "overwrite", "show", "quiet", "tensorboard", "wandb", "log_every", "adapter_column", "share", "bias_lr",
     "cohort_tokens", "patience", "objective", "factors", "reward", "answers", "answer_tokens", "beta",
 )  # fmt: skip
 """Keys of TrainRecipe that say how one run is watched; a comparison has its own ways."""
@@ -144,9 +145,9 @@ def resolve_comparison(
 
 def _checked(values: dict[str, Any]) -> CompareRecipe:
     adapter = adapter_keys()
-    top = also_known_as(TrainRecipe, {*adapter, *_ONE_RUN})
+    top = also_known_as(TrainRecipe, {*adapter, *DIALS, *_ONE_RUN})
     for key in values:
-        if key in adapter:
+        if key in (*adapter, *DIALS):
             raise ReftuneError(f"{key!r} belongs to a method; write it under its name in `methods`.")
         if key in _ONE_RUN:
             raise ReftuneError(f"{key!r} is a key of one training run, not of a comparison; leave it out.")
@@ -159,6 +160,8 @@ def _checked(values: dict[str, Any]) -> CompareRecipe:
     recipe = TrainRecipe(**shared)
     if recipe.task != "completion":
         raise ReftuneError(f"task={recipe.task!r}: completions are compared; classifiers are not.")
+    if recipe.batch_size == AUTO:
+        raise ReftuneError("batch_size='auto' is for one run, not for a comparison: give a number of rows.")
     if not recipe.eval_file and not recipe.eval_fraction:
         raise ReftuneError("methods are judged on held-out rows: give eval_file, or eval_fraction: 0.1.")
     with told_at("methods"):

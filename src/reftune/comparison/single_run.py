@@ -83,6 +83,7 @@ def execute(
     encoding = prompt_encoding(method, context, train_rows, seed)
     train_set = encode_rows(train_rows, settings, tokenizer)
     eval_set = judged_rows(method, held_out, settings, tokenizer, encoding)
+    settings = settings.fitted(base, train_set)
     trainer = _ComparisonTrainer(
         model=adapted.model,
         args=training_arguments(
@@ -98,7 +99,7 @@ def execute(
         processing_class=tokenizer,
         prefix_store=store if method.edits else None,
     )
-    evaluation = _EpochEvaluation(trainer, eval_set, tokenizer, settings.batch_size, tell)
+    evaluation = _EpochEvaluation(trainer, eval_set, tokenizer, trainer.args.per_device_eval_batch_size, tell)
     trainer.add_callback(evaluation)  # after the trainer's own, so that the clock has stopped
     evaluation.measure(0.0)
     if method.trains:
@@ -114,14 +115,14 @@ def execute(
     trainer.prefixes.close()
     edited = _as_edited(adapted.model, tokenizer, encoding)
     answers = _answers(edited, held_out, recipe, method, tell)
-    right = _options_right(edited, recipe, settings.batch_size, tell)
+    right = _options_right(edited, recipe, trainer.args.per_device_eval_batch_size, tell)
     effects = _side_effects(edited, adapted, context, recipe, settings, method, tell)
     matches = [exact_match(answer, row.completion) for answer, row in zip(answers, held_out, strict=False)]
     result = RunResult(
         method=method.name,
         seed=seed,
         fingerprint=fingerprint(recipe, method, seed, data_digest(train_rows, held_out)),
-        settings=method.settings(),
+        settings=replace(method, train=settings).settings(),
         loss=losses[-1][1].per_token,
         best_loss=best[1].per_token,
         best_epoch=best[0],
@@ -252,7 +253,7 @@ def _answers(
 @contextmanager
 def _writing(recipe: CompareRecipe, method: Method) -> Iterator[GenerationSettings]:
     # PEFT drops position ids beside virtual tokens, so padding would stand between those and the prompt: one at a time.
-    batch_size = 1 if method.kind in ("prefix", "prompt") else method.train.batch_size
+    batch_size = 1 if method.kind in ("prefix", "prompt") else int(method.train.batch_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Position ids are not supported")
         yield GenerationSettings(max_new_tokens=recipe.max_new_tokens, batch_size=batch_size)

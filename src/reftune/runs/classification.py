@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import get_peft_model
 from rich.console import Console
 from torch import nn
 
@@ -31,7 +30,7 @@ from reftune.output.files import write_text
 from reftune.runs.fingerprint import base_digest
 from reftune.runs.output_folder import check_output, readable_disk_errors
 from reftune.runs.recipe import TrainRecipe
-from reftune.runs.steps import Prepared, TrainedRun, load_base, train_and_write
+from reftune.runs.steps import Prepared, TrainedRun, attach_edit, load_base, train_and_write
 from reftune.training.trainer import ReftTrainer
 
 _NO_PREFIXES = (
@@ -65,7 +64,8 @@ def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
     describe_labels(base, scheme)
     digest = base_digest(base)
     head = head_modules(base, new_weights)
-    model = get_peft_model(base, recipe.adapter_config([name for name in head if name not in _PEFTS_OWN]))
+    recipe = recipe.fitted(base)
+    model = attach_edit(base, recipe, [name for name in head if name not in _PEFTS_OWN])
     best = {"metric_for_best_model": f"eval_{measures.main}", "greater_is_better": True} if data.validation else {}
     ready = Prepared(
         recipe,
@@ -158,9 +158,8 @@ def _report(
     model, scheme = trainer.model, data.scheme
     classifier = EditedClassifier(model, tokenizer, scheme, recipe.max_length, recipe.glue, recipe.metric, output)
     parts = {"validation": data.validation, **data.tests}
-    scores = {
-        name: evaluate_classification(classifier, rows, recipe.batch_size) for name, rows in parts.items() if rows
-    }
+    size = trainer.args.per_device_eval_batch_size
+    scores = {name: evaluate_classification(classifier, rows, size) for name, rows in parts.items() if rows}
     for name in data.tests:
         _write_predictions(output / f"{name}_predictions.jsonl", data.tests[name], scores[name])
     history = trainer.state.log_history

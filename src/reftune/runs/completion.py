@@ -6,7 +6,6 @@ from importlib import resources
 from pathlib import Path
 
 import transformers
-from peft import get_peft_model
 from rich.console import Console
 
 from reftune.adapter.starting import start_from
@@ -16,7 +15,7 @@ from reftune.data.splitting import split_rows
 from reftune.runs.fingerprint import base_digest
 from reftune.runs.output_folder import check_output
 from reftune.runs.recipe import DEMO_DATA, TrainRecipe
-from reftune.runs.steps import Prepared, TrainedRun, load_base, train_and_write
+from reftune.runs.steps import Prepared, TrainedRun, attach_edit, load_base, train_and_write
 
 
 def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
@@ -26,7 +25,8 @@ def run_completion(recipe: TrainRecipe, console: Console) -> TrainedRun:
     transformers.set_seed(recipe.seed)
     base, tokenizer = load_base(recipe)
     digest = base_digest(base)
-    model = get_peft_model(base, recipe.adapter_config())
+    recipe = recipe.fitted(base)
+    model = attach_edit(base, recipe)
     if recipe.init_from:
         start_from(model, recipe.init_from)
     return train_and_write(Prepared(recipe, model, tokenizer, digest, train_rows, eval_rows), place, console)

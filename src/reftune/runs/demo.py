@@ -16,6 +16,7 @@ from reftune.runs.steps import TrainedRun
 
 DEMO = TrainRecipe(
     train_file="demo",
+    method="loreft",
     layers=[10, 14, 18, 22],
     positions="all",
     rank=4,

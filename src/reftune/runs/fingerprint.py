@@ -82,8 +82,9 @@ def check_resumed(recipe: TrainRecipe, folder: Path, found: Mapping[str, str]) -
     ]
     if changed:
         raise ReftuneError(
-            f"resume: {folder} holds a run of something else ({'; '.join(changed)}): ask for what it was trained with, "
-            "or train without --resume, into another folder or with --overwrite."
+            f"resume: {folder} holds a run of something else ({'; '.join(changed)}): go on with what it was trained "
+            f"with (reftune train {folder / RUN_FILE} --resume), or train without --resume, into another folder or "
+            "with --overwrite."
         )
 
 

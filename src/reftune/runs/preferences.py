@@ -78,6 +78,7 @@ def run_preferences(recipe: TrainRecipe, console: Console) -> TrainedRun:
     rows, eval_rows = (_encoded(recipe, encoding, examples) for examples in (train, held_out))
     train_set = Dataset.from_list(rows)
     eval_set = Dataset.from_list(eval_rows) if eval_rows else None
+    recipe = recipe.fitted(base, train_set)
     with held_output(recipe, place), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"trl\.")
         warnings.filterwarnings("ignore", category=UserWarning, module=r"trl\.")
@@ -228,7 +229,7 @@ def _trainer(
         arguments |= {
             "num_generations": recipe.answers,
             "max_completion_length": recipe.answer_tokens,
-            "per_device_eval_batch_size": math.lcm(recipe.answers, recipe.batch_size),
+            "per_device_eval_batch_size": math.lcm(recipe.answers, int(recipe.batch_size)),
         }
         if eval_set is not None:
             arguments |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}

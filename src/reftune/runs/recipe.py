@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,20 @@ from reftune.data.glue import GLUE
 from reftune.engine.position_grammar import parse_positions
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, BUNDLED_ENCODER
+from reftune.runs.known_settings import (
+    AUTO,
+    DEFAULTS,
+    KNOWN,
+    STEP_ROWS,
+    USUAL_TOKENS,
+    affordable_tokens,
+    chosen,
+    learning_rate,
+    learnt_tokens,
+    placed,
+    rows_of_a_pass,
+    told_as_keys,
+)
 from reftune.runs.recipe_values import (
     also_known_as,
     check_names,
@@ -46,6 +60,7 @@ EDITS = ("consreft", "direft", "direft_orthogonal", "gated", "lobireft", "loreft
 """The library's own edits, for the help: `available_edits()` without importing torch."""
 BIAS_RATE = 25.0
 """How many times the learning rate of what users share the biases take; 10 to 250 did well, not measured further."""
+_NO_EDITS = ("lora", "dora", "ia3", "prefix", "prompt", "full")
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
 REWARDED = ("grpo", "rloo")
@@ -65,8 +80,18 @@ _LIMITS = {
     "max_length": (2, 10**9),
 }
 """Least and most of the numbers that have both."""
-_PER_CALL = ("resume", "overwrite", "show")
-"""Fields that say what one call does and not what is trained: `run.yaml` leaves them at their defaults."""
+
+
+def _auto(name: str) -> str:
+    """How help says what a field is where nothing is said."""
+    default, other = (DEFAULTS[task][name] for task in ("completion", "classification"))
+    return f"default: {default}" + ("" if other == default else f", or {other} for classification")
+
+
+DIALS = tuple(KNOWN)
+"""Fields that stand for several others."""
+PER_CALL = ("resume", "overwrite", "show", "quiet", *DIALS)
+"""Fields that say what one call does, or that others hold when they are read: `run.yaml` leaves them out."""
 
 
 @no_type_check  # it takes what YAML and a command line give, and makes it the declared type itself
@@ -137,19 +162,31 @@ class TrainRecipe:
     )
     device: str | None = _option(None, "Model", "cpu, cuda, cuda:1, mps; default: the best there is.")
     quantization: Literal["4bit", "8bit"] | None = _option(None, "Model", "Load the base in 4 or 8 bits (CUDA).")
-    method: str = _option("loreft", "Adapter", f"The edit: {', '.join(EDITS)}, or a registered name.")
-    rank: int = _option(4, "Adapter", "Dimensions of the edited subspace.", "dimensions", ("r", "low_rank_dimension"))
-    layers: str | int | list[int] = _option(
-        "all",
-        "Adapter",
-        "Layers to edit, from 0: 8, 3,9,18 or all; -1 is the last.",
-        "layer numbers",
-        ("layers_to_transform",),
+    like: Literal["blog", "paper", "serving"] | None = _option(
+        None, "Adapter",
+        "Settings that others use: blog (one layer, l1), paper (all layers, f7+l7), serving (nothing at decode steps).",
+    )  # fmt: skip
+    budget: Literal["tiny", "small", "full"] | None = _option(
+        None, "Adapter",
+        "Rank, layers, positions at once: tiny (1, one layer, l1), small (1, all, l1+generated), full (8, all, all).",
+    )  # fmt: skip
+    method: str = _option(
+        AUTO, "Adapter", f"The edit: {', '.join(EDITS)}, or a registered name; {_auto('method')}.", aka=("edit",)
     )
+    rank: int = _option(
+        AUTO, "Adapter", f"Dimensions of the edited subspace; {_auto('rank')}.", "dimensions",
+        ("r", "low_rank_dimension"),
+    )  # fmt: skip
+    layers: str | int | list[int] = _option(
+        AUTO, "Adapter",
+        f"Layers to edit, from 0: 8, 3,9,18 or all; -1 is the last, 8/32 the one as deep as 8 is of 32; "
+        f"{_auto('layers')}.",
+        "layer numbers", ("layers_to_transform",),
+    )  # fmt: skip
     positions: str = _option(
-        "l1", "Adapter",
+        AUTO, "Adapter",
         "Tokens to edit: fN first N of the prompt, lN last N, fA+lB both, prompt all of it, all every token; "
-        "+generated adds those after the prompt, as in l1+generated.",
+        f"+generated adds those after the prompt; {_auto('positions')}.",
         aka=("position",),
     )  # fmt: skip
     component: str = _option(
@@ -197,13 +234,20 @@ class TrainRecipe:
         "strengths",
     )
     epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
-    batch_size: int = _option(8, "Training", "Rows of one forward pass.", "rows", ("per_device_train_batch_size",))
+    batch_size: int | Literal["auto"] = _option(
+        8, "Training",
+        "Rows of one forward pass; auto: as many as memory takes, of steps of 8 rows.",
+        "rows", ("per_device_train_batch_size",),
+    )  # fmt: skip
     gradient_accumulation: int = _option(
         1, "Training", "Forward passes of one optimiser step.", "passes", ("gradient_accumulation_steps",)
     )
-    lr: float = _option(
-        4e-3, "Training", "Peak learning rate: 4e-3 suits a few layers, 9e-4 all.", "per step", ("learning_rate",)
-    )
+    lr: float | Literal["auto"] = _option(
+        AUTO, "Training",
+        "Peak learning rate; auto: by the model's width, the number of edited layers and the tokens of a step "
+        f"(for classification {DEFAULTS['classification']['lr']:g}).",
+        "per step", ("learning_rate",),
+    )  # fmt: skip
     warmup_ratio: float = _option(
         0.0, "Training", "Share of the steps in which the learning rate rises.", "share, 0 to 1"
     )
@@ -250,11 +294,15 @@ class TrainRecipe:
     resume: bool = _option(False, "Output", "Go on from the newest whole checkpoint in the output folder.")
     overwrite: bool = _option(False, "Output", "Start again although the output folder holds an unfinished run.")
     show: int = _option(0, "Output", "Print so many tokenised rows first, edited and learnt tokens marked.", "rows")
+    quiet: bool = _option(False, "Output", "Print neither the plan nor the progress.")
     tensorboard: bool = _option(True, "Output", "Write TensorBoard logs to <output>/runs.")
     wandb: bool = _option(False, "Output", "Log to Weights & Biases.")
 
     def __post_init__(self) -> None:
-        coerce_fields(self)
+        coerce_fields(self, {name: AUTO for name in DEFAULTS["completion"]})
+        for name, value in chosen("shared" if self.share else self.task, self.like, self.budget).items():
+            if getattr(self, name) == AUTO:
+                object.__setattr__(self, name, value)
         if self.glue and not self.train_file:
             object.__setattr__(self, "train_file", GLUE[self.glue].source)
         if not self.train_file:
@@ -270,22 +318,29 @@ class TrainRecipe:
         self._check_objective()
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
+            if value not in (None, AUTO) and not least <= value <= most:
                 raise ReftuneError(f"{name}={value}: must be at least {least} and at most {most:,}.")
         for name, most in (("epochs", 1_000_000), ("lr", 100), ("bias_lr", 100_000)):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) <= most:
+            if getattr(self, name) not in (None, AUTO) and not 0 < getattr(self, name) <= most:
                 raise ReftuneError(f"{name}={getattr(self, name)}: must be above 0 and at most {most:,}.")
         for name in ("eval_fraction", "warmup_ratio", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ReftuneError(f"{name}={getattr(self, name)}: must be at least 0 and below 1.")
         if self.eval_file and self.eval_fraction:
             raise ReftuneError("eval_file and eval_fraction are both given: held-out rows come from one of them.")
+        if self.like and self.budget:
+            raise ReftuneError("like and budget are both given: each decides rank, layers and positions; keep one.")
         if self.warmup_ratio and self.warmup_steps is not None:
             raise ReftuneError(
                 f"warmup_steps={self.warmup_steps}: warmup_ratio={self.warmup_ratio:g} is given too; keep one of them."
             )
+        if self.method.lower() in _NO_EDITS:
+            raise ReftuneError(f"method={self.method!r} is no edit: `reftune compare` trains it beside them.")
         self._check_libraries_names()
-        self.adapter_config()
+        if self.layers == "all" or not isinstance(self.layers, str):
+            self.adapter_config()
+        else:  # 8/32: which layer that is depends on the model
+            replace(self, layers="all")
 
     def _check_users(self) -> None:
         """Refuse what has no meaning for many users, or for a single adapter."""
@@ -331,7 +386,7 @@ class TrainRecipe:
         """Refuse options that the other task alone has."""
         classifies = self.task == "classification"
         others = (
-            ("template", "system_prompt", "chat_template_kwargs")
+            ("template", "system_prompt", "chat_template_kwargs", *DIALS)
             if classifies
             else ("test_file", "split_eval", "glue", "labels", "metric")
         )
@@ -381,7 +436,9 @@ class TrainRecipe:
                 raise ReftuneError(f"{field}={getattr(self, field)!r} is not possible with {name}: leave it out.")
         if self.beta is not None and not 0 <= self.beta <= 1000:
             raise ReftuneError(f"beta={self.beta:g}: must be at least 0 and at most 1,000.")
-        rows = self.batch_size * self.gradient_accumulation
+        if self.batch_size == AUTO:
+            raise ReftuneError(f"batch_size='auto' is not possible with {name}: give a number of rows.")
+        rows = int(self.batch_size) * self.gradient_accumulation
         if self.objective in REWARDED and rows % self.answers:
             raise ReftuneError(
                 f"batch_size={self.batch_size}: a step takes {rows} answers, which must be a multiple of the "
@@ -397,13 +454,42 @@ class TrainRecipe:
         from reftune.adapter.config import ReftConfig
 
         layers: Any = self.layers
-        return ReftConfig(
-            method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
-            positions=self.positions, share_weights=self.share_weights, dropout=self.dropout, act_fn=self.act_fn,
-            init=self.init, parametrization=self.parametrization,
-            task_type="SEQ_CLS" if self.task == "classification" else "CAUSAL_LM",
-            modules_to_save=list(head) or None,
-        )  # fmt: skip
+        with told_as_keys():
+            return ReftConfig(
+                method=self.method, r=self.rank, layers_to_transform=layers, component=self.component,
+                positions=self.positions, share_weights=self.share_weights, dropout=self.dropout, act_fn=self.act_fn,
+                init=self.init, parametrization=self.parametrization,
+                task_type="SEQ_CLS" if self.task == "classification" else "CAUSAL_LM",
+                modules_to_save=list(head) or None,
+            )  # fmt: skip
+
+    def fitted(self, base: Any, rows: Any = None) -> TrainRecipe:
+        """The recipe with numbers in place of what depends on the base model, and, with rows, on what is trained.
+
+        Args:
+            base: decides which layers are as deep as `8/32`.
+            rows: tokenised ones to train on; they decide, with the base, an `auto` learning rate and batch size.
+
+        Raises:
+            ReftuneError: a layer or component that the model does not have.
+        """
+        from reftune.engine.sites import find_sites
+
+        found: TrainRecipe = self
+        with told_as_keys():
+            if isinstance(found.layers, str) and found.layers != "all":
+                depth = len(find_sites(base, found.component, "all"))
+                found = replace(found, layers=placed(found.layers, depth))
+            if rows is not None and found.batch_size == AUTO:
+                together = STEP_ROWS * found.gradient_accumulation
+                size = rows_of_a_pass(together, max(map(len, rows["input_ids"])), affordable_tokens(base))
+                found = replace(found, batch_size=size, gradient_accumulation=together // size)
+            if rows is not None and found.lr == AUTO:
+                sites = find_sites(base, found.component, found.layers)
+                step = min(int(found.batch_size) * found.gradient_accumulation, len(rows))
+                tokens = step * learnt_tokens(rows) / len(rows) if self.objective not in PREFERENCES else USUAL_TOKENS
+                found = replace(found, lr=learning_rate(max(site.width for site in sites), len(sites), tokens))
+        return found
 
     def encoding(self, tokenizer: Any) -> Encoding:
         """How rows become tokens."""
@@ -421,7 +507,7 @@ class TrainRecipe:
 
     def to_yaml(self) -> str:
         """The recipe as `run.yaml` holds it: every key, local files by their full path, ready to run again anywhere."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _PER_CALL}
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in PER_CALL}
         values |= {
             name: self.full_path(name) for name in ("train_file", "eval_file", "test_file", "model", "init_from")
         }
@@ -438,7 +524,7 @@ def recipe_fields() -> list[Field[Any]]:
 
 def adapter_keys() -> list[str]:
     """The fields that describe an edit, `method` first."""
-    return [item.name for item in recipe_fields() if item.metadata["group"] == "Adapter"]
+    return [item.name for item in recipe_fields() if item.metadata["group"] == "Adapter" and item.name not in DIALS]
 
 
 def resolve_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> TrainRecipe:

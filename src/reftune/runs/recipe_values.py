@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,13 +20,14 @@ from reftune.data.classification import NUMBER
 from reftune.data.values import parse_json
 from reftune.errors import ReftuneError
 from reftune.output.targets import refuse_dangling
+from reftune.runs.known_settings import KNOWN
 
 _Made = TypeVar("_Made")
 _MOST = 10**12
 """Of any number: past it are slips of the keyboard, and what libraries cannot count."""
 _MOST_VALUES = 100_000
 """Of a recipe; with aliases a short file can stand for more than any memory holds."""
-_ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"))
+_ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"), ("like", "budget"))
 """Keys that say the same in two ways."""
 
 
@@ -47,10 +49,17 @@ def also_known_as(owner: type, without: Collection[str] = ()) -> dict[str, tuple
     return {item.name: item.metadata["aka"] for item in fields(owner) if item.name not in without}
 
 
-def coerce_fields(owner: Any) -> None:
-    """Make every field of a frozen dataclass, which is **changed**, its declared type; errors as for `coerce`."""
+def coerce_fields(owner: Any, words: Mapping[str, str] | None = None) -> None:
+    """Make every field of a frozen dataclass, which is **changed**, its declared type; errors as for `coerce`.
+
+    Args:
+        owner: the dataclass.
+        words: by field, a word that stands for a value and is left as it is.
+    """
     for item, kind in typed_fields(type(owner)):
-        object.__setattr__(owner, item.name, coerce(item, kind, getattr(owner, item.name)))
+        value = getattr(owner, item.name)
+        if value != (words or {}).get(item.name, MISSING):
+            object.__setattr__(owner, item.name, coerce(item, kind, value))
 
 
 def read_flags(owner: type[_Made], flags: Mapping[str, Any]) -> _Made:
@@ -69,6 +78,8 @@ def merged(values: Mapping[str, Any], flags: Mapping[str, Any] | None) -> dict[s
     """A recipe's values and the given flags, which win also over what says the same in another way."""
     flags = given(flags)
     replaced = {b if a in flags else a for a, b in _ONE_OF_TWO if (a in flags) != (b in flags)}
+    for dial in KNOWN.keys() & flags.keys():
+        replaced |= KNOWN[dial].get(flags[dial], {}).keys()
     return {name: value for name, value in values.items() if name not in replaced} | flags
 
 
@@ -178,8 +189,8 @@ def read_number(name: str, value: Any, *, whole: bool = False, least: int | None
     return int(number) if whole else number
 
 
-def read_layers(value: Any) -> int | list[int] | Literal["all"]:
-    """`"8"`, `8`, `"3,9,18"`, `[3, 9, 18]` or `"all"`, negatives from the end.
+def read_layers(value: Any) -> int | list[int] | str:
+    """`"8"`, `8`, `"3,9,18"`, `[3, 9, 18]` or `"all"`, negatives from the end; `"8/32,16/32"` stays as it is.
 
     Raises:
         ReftuneError: anything else.
@@ -187,13 +198,22 @@ def read_layers(value: Any) -> int | list[int] | Literal["all"]:
     if isinstance(value, str) and value.strip().lower() == "all":
         return "all"
     parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    texts = [str(part).strip() for part in parts]
+    if any("/" in text for text in texts) and all(map(_is_place, texts)):
+        return ",".join(texts)
     try:
-        numbers = [int(str(part).strip()) for part in parts]
+        numbers = [int(text) for text in texts]
     except ValueError:
         numbers = []
     if not numbers or any(isinstance(part, bool) for part in parts):
         raise ReftuneError(f"layers={value!r}: write a layer number (8), several (3,9,18) or all; -1 is the last.")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _is_place(text: str) -> bool:
+    """Whether this is a layer's number, or a number out of so many layers (8/32)."""
+    found = re.fullmatch(r"(-?\d{1,9})|(\d{1,9})/(\d{1,9})", text)
+    return bool(found) and (found[2] is None or int(found[2]) < int(found[3]))
 
 
 def read_factors(value: Any) -> list[float] | None:
@@ -308,6 +328,8 @@ def coerce(item: Field[Any], kinds: Any, value: Any) -> Any:
         raise ReftuneError(
             f"{item.name}=null: give a value, or leave the key out (default {default_text(item.default)})."
         )
+    if any(value in typing.get_args(option) for option in options if typing.get_origin(option) is Literal):
+        return value
     wanted = next(option for option in options if option is not type(None))
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import EarlyStoppingCallback, get_scheduler
 
@@ -23,6 +23,7 @@ from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
 from reftune.runs.fingerprint import check_resumed, fingerprint
+from reftune.runs.known_settings import told_as_keys
 from reftune.runs.model_card import model_card
 from reftune.runs.output_folder import (
     CARD_FILE,
@@ -36,6 +37,7 @@ from reftune.runs.output_folder import (
     save_adapter,
     write_recipe,
 )
+from reftune.runs.plan import Plan
 from reftune.runs.recipe import PREFERENCES, REWARDED, RUN_FILE, TrainRecipe
 from reftune.training.arguments import ReftTrainingArguments
 from reftune.training.checkpoints import last_complete_checkpoint
@@ -75,6 +77,25 @@ def load_base(recipe: TrainRecipe, **others: Any) -> tuple[Any, Any]:
     return models.load(name, recipe.dtype, recipe.device, quantization=recipe.quantization, **others)
 
 
+def attach_edit(base: Any, recipe: TrainRecipe, head: Sequence[str] = (), **options: Any) -> PeftModel:
+    """The base model with a recipe's edits on it, ready to train; **changes the base**.
+
+    Args:
+        base: the base model.
+        recipe: `fitted` to it.
+        head: see `TrainRecipe.adapter_config`.
+        **options: PEFT's own.
+
+    Raises:
+        ReftuneError: a layer, component or rank that the model does not have.
+    """
+    with told_as_keys():
+        model = get_peft_model(base, recipe.adapter_config(head), **options)
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
+    return model
+
+
 def encode_rows(rows: Sequence[Any], recipe: TrainRecipe, tokenizer: Any, label_names: Sequence[str] = ()) -> Any:
     """Rows as the trainer takes them, in order; None where there are none."""
     if not rows:
@@ -90,7 +111,7 @@ class Prepared:
     """What a kind of run has made of its recipe, ready to be trained.
 
     Attributes:
-        recipe: as `run.yaml` keeps it.
+        recipe: as `run.yaml` keeps it, `fitted` to the base model.
         model: with the adapter on it.
         tokenizer: the base model's.
         digest: of the base model (see `runs.fingerprint.base_digest`).
@@ -123,13 +144,13 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
         TrainingInterrupted: after Ctrl-C.
     """
     recipe, model, tokenizer = ready.recipe, ready.model, ready.tokenizer
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
     train_set, eval_set = (
         encode_rows(rows, recipe, tokenizer, ready.label_names) for rows in (ready.train, ready.held_out)
     )
     for rows in (train_set, eval_set):
         check_row_lengths(model, rows)
+    recipe = recipe.fitted(model.get_base_model(), train_set)
+    plan = Plan(recipe, model, train_set, eval_set, console)
     with held_output(recipe, place):
         trainer = ReftTrainer(
             model=model,
@@ -138,7 +159,7 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
             eval_dataset=eval_set,
             processing_class=tokenizer,
             compute_metrics=ready.compute_metrics,
-            callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else None,
+            callbacks=[plan, *([EarlyStoppingCallback(recipe.patience)] if recipe.patience else [])],
         )
         if ready.no_prefixes is not None:
             trainer.prefixes.switch_off(ready.no_prefixes)
@@ -252,7 +273,7 @@ def trainer_arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: b
         raise ReftuneError(
             f"schedule={recipe.schedule!r} goes by the held-out loss: give --eval-file or --eval-fraction, or another."
         )
-    steps = max(1, -(-rows // (recipe.batch_size * recipe.gradient_accumulation))) * recipe.epochs
+    steps = max(1, -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation))) * recipe.epochs
     report_to = [name for name, on in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)) if on]
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"} if evaluates else {}
     return dict(
@@ -272,7 +293,7 @@ def trainer_arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: b
         eval_strategy="epoch" if evaluates else "no",
         report_to=_report_to(report_to),
         use_cpu=recipe.device == "cpu",
-        disable_tqdm=False,  # by default it follows the libraries' verbosity, and the progress would go with it
+        disable_tqdm=recipe.quiet,  # by default it follows the libraries' verbosity, and the progress would go with it
         **checkpointing_arguments(recipe.gradient_checkpointing),
         **({"optim": _optimizer(recipe.optimizer)} if recipe.optimizer else {}),
         **best,

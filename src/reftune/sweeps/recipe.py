@@ -24,7 +24,7 @@ from reftune.runs.recipe_values import (
 from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
 
 _NOT_IN_A_SWEEP = (
-    "metric", "resume", "show", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
+    "metric", "resume", "show", "quiet", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
     "factors", "reward", "answers", "answer_tokens", "beta",
 )  # fmt: skip
 """Fields of TrainRecipe that a sweep has otherwise or not at all."""
@@ -36,6 +36,8 @@ _NOT_SEARCHED = {
     "eval_fraction": "every trial must be judged by the same rows",
     "split_eval": "every trial must be judged by the same rows",
     "test_file": "every trial must be judged by the same rows",
+    "like": "it stands for several settings; search those",
+    "budget": "it stands for several settings; search those",
     "output": "the sweep chooses each trial's folder",
     "overwrite": "it says what one call does",
     "tensorboard": "it says how a run is watched",

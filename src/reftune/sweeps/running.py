@@ -20,7 +20,6 @@ from reftune.output.files import write_text
 from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
 from reftune.runs.output_folder import OutputPlace, begin_output, readable_disk_errors
-from reftune.runs.recipe import TrainRecipe
 from reftune.runs.steps import write_results
 from reftune.sweeps.progress import SweepProgress
 from reftune.sweeps.recipe import SweepRecipe
@@ -152,7 +151,7 @@ class _Sweep:
                 else:
                     best = self._study.best()
                     if best is None or loss < best.value:
-                        self._keep(recipe, done, number)
+                        self._keep(done, number)
                     self._study.complete(trial, loss)
         except (ReftuneError, torch.OutOfMemoryError) as error:
             self._study.fail(trial, str(error).splitlines()[0])
@@ -171,8 +170,8 @@ class _Sweep:
         for name, value in facts.items():
             trial.set_user_attr(name, value)
 
-    def _keep(self, recipe: TrainRecipe, done: FinishedTrial, number: int) -> None:
-        best = replace(recipe, output=str(self._folder / BEST_FOLDER), overwrite=False)
+    def _keep(self, done: FinishedTrial, number: int) -> None:
+        best = replace(done.recipe, output=str(self._folder / BEST_FOLDER), overwrite=False)
         folder = Path(best.output)
         with readable_disk_errors(self._folder):
             place = OutputPlace(folder, folder / ".new", None)

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from reftune.data.formats import Example
 from reftune.errors import ReftuneError
 from reftune.runs.completion import read_data
 from reftune.runs.recipe import TrainRecipe, adapter_keys
-from reftune.runs.steps import encode_rows, load_base, training_arguments
+from reftune.runs.steps import attach_edit, encode_rows, load_base, training_arguments
 from reftune.sweeps.recipe import SweepRecipe
 from reftune.sweeps.space import Choices
 from reftune.training.prefix.store import PrefixStore
@@ -33,11 +32,13 @@ class FinishedTrial:
     """A trained trial, before its adapter is taken off the base again.
 
     Attributes:
+        recipe: what it trained, `fitted` to the base.
         trainer: with the best epoch's weights in its model.
         tokenizer: the base's.
         metrics: as `metrics.json` holds them.
     """
 
+    recipe: TrainRecipe
     trainer: ReftTrainer
     tokenizer: Any
     metrics: dict[str, Any]
@@ -118,7 +119,7 @@ class TrialRunner:
             for value in tried:
                 value = value if isinstance(options, Choices) or not options.whole else int(value)
                 try:
-                    model: Any = get_peft_model(base, self._sweep.trial({name: value}, "unused").adapter_config())
+                    model: Any = attach_edit(base, self._sweep.trial({name: value}, "unused").fitted(base))
                 except ReftuneError as error:
                     raise ReftuneError(f"{self._sweep.source}: search.{name}: {value!r}: {error}") from None
                 model.unload()
@@ -147,8 +148,8 @@ class TrialRunner:
         output = Path(recipe.output)
         trainer: ReftTrainer | None = None
         transformers.set_seed(recipe.seed)
-        model: Any = get_peft_model(base, recipe.adapter_config())
-        assert isinstance(model, PeftModel)
+        recipe = recipe.fitted(base, train_set)
+        model: Any = attach_edit(base, recipe)
         try:
             trainer = ReftTrainer(
                 model=model,
@@ -162,7 +163,7 @@ class TrialRunner:
             trainer.train()
             model.eval()
             metrics = {**trainer.report(), "train_rows": len(train), "eval_rows": len(held_out)}
-            yield FinishedTrial(trainer, tokenizer, metrics)
+            yield FinishedTrial(recipe, trainer, tokenizer, metrics)
         finally:
             if trainer is not None:
                 trainer.prefixes.close()

@@ -33,8 +33,8 @@ class ReftTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` for ReFT; every other field and its meaning are transformers'.
 
     The learning rate is ten times and more that of LoRA: a rank-4 edit of one layer has few parameters, and they sit
-    where they act. The paper's 9e-4 belongs to edits of all layers (its hyperparameter tables). There is no decay, as
-    in the paper.
+    where they act. The paper's 9e-4 belongs to edits of all layers (its hyperparameter tables); for a model and rows of
+    yours see `reftune.runs.known_settings.learning_rate`. There is no decay, as in the paper.
     """
 
     learning_rate: float = field(

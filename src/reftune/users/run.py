@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,7 +32,7 @@ from reftune.output.targets import check_folder_target
 from reftune.runs.fingerprint import FINGERPRINT_FILE, base_digest, check_resumed, fingerprint, write_fingerprint
 from reftune.runs.output_folder import METRICS_FILE, readable_disk_errors, write_recipe
 from reftune.runs.recipe import BIAS_RATE, RUN_FILE, TrainRecipe
-from reftune.runs.steps import TrainingInterrupted, encode_rows, load_base, training_arguments
+from reftune.runs.steps import TrainingInterrupted, attach_edit, encode_rows, load_base, training_arguments
 from reftune.training.prefix.switch import PrefixSwitch
 from reftune.training.progress import print_line, seconds_between_lines, time_left
 from reftune.training.row_lengths import check_row_lengths
@@ -80,12 +80,12 @@ def run_users(recipe: TrainRecipe, console: Console | None = None) -> UsersRun:
     transformers.set_seed(recipe.seed)
     base, tokenizer = load_base(recipe)
     digest = base_digest(base)
-    model = get_peft_model(base, recipe.adapter_config())
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
+    recipe = recipe.fitted(base)
+    model = attach_edit(base, recipe)
     if recipe.init_from:
         start_from(model, recipe.init_from)
-    users, found = _encoded(recipe, model, tokenizer, examples)
+    users, found, rows = _encoded(recipe, model, tokenizer, examples)
+    recipe = recipe.fitted(model.get_base_model(), rows)
     found = {**found, "model": digest}
     begun = time.monotonic()
     prefixes = PrefixSwitch(recipe.prefix_reuse, None, [user.train for user in users])
@@ -169,8 +169,8 @@ def _user_of(row: RawRow, column: str) -> str:
 
 def _encoded(
     recipe: TrainRecipe, model: PeftModel, tokenizer: Any, examples: dict[str, tuple[list[Example], list[Example]]]
-) -> tuple[list[UserRows], dict[str, str]]:
-    """The users' rows as tokens, and digests of them."""
+) -> tuple[list[UserRows], dict[str, str], Any]:
+    """The users' rows as tokens, digests of them, and all that are trained on."""
     parts = []
     for which in (0, 1):
         encoded = encode_rows([row for own in examples.values() for row in own[which]], recipe, tokenizer)
@@ -183,7 +183,7 @@ def _encoded(
     ]
     names = json.dumps([(name, len(train), len(held)) for name, (train, held) in examples.items()]).encode()
     digests = fingerprint(parts[0], parts[1], "")
-    return users, {**digests, "adapter_column": hashlib.blake2b(names, digest_size=16).hexdigest()}
+    return users, {**digests, "adapter_column": hashlib.blake2b(names, digest_size=16).hexdigest()}, parts[0]
 
 
 # The folder
@@ -251,7 +251,7 @@ class _Training:
     def __post_init__(self) -> None:
         recipe = replace(self.recipe, tensorboard=False)
         rows, evaluates = max(len(user.train) for user in self.users), bool(self.users[0].held_out)
-        self.bias_lr = recipe.bias_lr or BIAS_RATE * recipe.lr
+        self.bias_lr = recipe.bias_lr or BIAS_RATE * float(recipe.lr)
         self.shared_args = training_arguments(recipe, self.output, rows, evaluates)
         own = {} if recipe.share is None else {"learning_rate": self.bias_lr}
         self.args = training_arguments(recipe, self.output, rows, evaluates, **own)
