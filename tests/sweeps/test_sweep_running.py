@@ -38,7 +38,7 @@ def written(folder: Path, tiny: Path, **changes: Any) -> Path:
     rows, held_out = write_rows(folder / "rows.csv"), write_rows(folder / "held_out.csv", 3)
     values = {
         "train_file": str(rows), "eval_file": str(held_out), "model": str(tiny), "device": "cpu", "epochs": 2,
-        "batch_size": 4, "positions": "l1", "seed": 3, "output": str(folder / "out"), "trials": 4, "search": SEARCH,
+        "batch_size": 4, "method": "loreft", "positions": "l1", "seed": 3, "output": str(folder / "out"), "trials": 4, "search": SEARCH,
     }  # fmt: skip
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump({**values, **changes}))
