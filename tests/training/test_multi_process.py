@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from reftune.adapter.config import load_adapter
 from reftune.errors import ReftuneError
-from reftune.training.sharding import refuse_lost_retractions
+from tests.tiny_models import TINY
 from tests.training.processes import SCENARIOS, play, sharded
 from tests.training.toy_rows import reft_model
 
@@ -76,21 +76,33 @@ def test_one_process_writes_the_checkpoints_and_a_resumed_run_is_the_whole_run(r
         assert found["resumed"]["losses"] == found["whole"]["losses"]
 
 
-def test_shards_train_as_the_whole_does_and_prefix_reuse_says_why_it_is_off(ranks: SimpleNamespace) -> None:
-    expected, _ = sharded(False)
+@pytest.mark.parametrize("version", [1, 2])
+def test_shards_train_as_the_whole_does_and_prefix_reuse_says_why_it_is_off(
+    ranks: SimpleNamespace, version: int
+) -> None:
+    expected, _ = sharded(0)
     for found in ranks.found:
-        kept, reason = found["sharded"]
+        kept, reason = found["sharded"][version]
         assert furthest(kept, expected) < 1e-6
-        assert reason is not None and reason.startswith("FSDP 2 shards the parameters")
+        rotation = next(weight for name, weight in kept.items() if name.endswith("rotation"))
+        assert (rotation @ rotation.mT - torch.eye(len(rotation))).abs().max() < 1e-12
+        assert reason is not None and reason.startswith(f"FSDP {version} shards the parameters")
 
 
-def test_a_rotation_that_a_wrapper_keeps_a_copy_of_is_refused_and_others_are_not() -> None:
-    class DeepSpeedEngine(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
+def test_what_fsdp_1_gathers_and_saves_is_the_adapter(ranks: SimpleNamespace) -> None:
+    kept, _ = ranks.found[0]["sharded"][1]
+    loaded = load_adapter(TINY["llama"]().double(), ranks.folder / "fsdp-1")
+    saved = {name: weight for name, weight in loaded.named_parameters() if ".intervention." in name}
+    assert furthest({name: weight.detach() for name, weight in saved.items()}, kept) < 1e-6
 
-    with pytest.raises(ReftuneError, match="DeepSpeed keeps copies.*DistributedDataParallel"):
-        refuse_lost_retractions(DeepSpeedEngine(reft_model()))
-    refuse_lost_retractions(DeepSpeedEngine(reft_model(method="direft")))
-    refuse_lost_retractions(reft_model())
+
+def test_an_adapter_that_lacks_a_tensor_is_not_saved(tmp_path: Path) -> None:
+    model = reft_model()
+    whole = model.state_dict()
+    for lacking in ("rotation", "bias", ""):
+        state = {name: weight for name, weight in whole.items() if not name.endswith(lacking)}
+        with pytest.raises(ReftuneError, match=f"'default' cannot be saved: .*{lacking or 'rotation'} is not here"):
+            model.save_pretrained(str(tmp_path / "out"), state_dict=state)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(str(tmp_path / "out"), state_dict=whole)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

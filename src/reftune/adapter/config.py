@@ -23,7 +23,7 @@ from reftune.adapter.checkpoint import (
     read_weights,
     refuse_other_files,
 )
-from reftune.adapter.loading import load_or_leave, load_what_fits
+from reftune.adapter.loading import load_or_leave, load_what_fits, save_whole
 from reftune.adapter.tuner import REFT, ReftModel
 from reftune.edits import Edit, edit_class, make_edit, method_name
 from reftune.edits.base import Init
@@ -173,6 +173,7 @@ class ReftConfig(PeftConfig):
 
 if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="reft", config_cls=ReftConfig, model_cls=ReftModel, prefix=ReftModel.prefix)
+    PeftModel.save_pretrained = save_whole(PeftModel.save_pretrained)
     PeftModel.load_adapter = load_what_fits(PeftModel.load_adapter)
     PeftModel.from_pretrained = classmethod(load_or_leave(PeftModel.from_pretrained.__func__))  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""PEFT's own ways of loading an adapter, so that a folder that does not fit a model changes nothing of it."""
+"""PEFT's own ways of loading and saving: a folder that does not fit changes nothing, and no tensor is left out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from reftune.adapter.tensors import unchanged_on_error, under
 from reftune.adapter.tuner import REFT, ReftModel
+from reftune.edits.base import Edit
 from reftune.engine.sites import find_sites
 from reftune.errors import ReftuneError
 
@@ -59,6 +60,41 @@ def load_or_leave(load: Callable[..., Any]) -> Callable[..., Any]:
             _CONFIG_GIVEN.reset(token)
 
     return from_pretrained
+
+
+def save_whole(save: Callable[..., Any]) -> Callable[..., Any]:
+    """``PeftModel.save_pretrained`` that refuses to write a ReFT adapter without one of its tensors.
+
+    Args:
+        save: PEFT's own method.
+    """
+
+    @wraps(save)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base_model, ReftModel) and kwargs.get("is_main_process", True):
+            for name in kwargs.get("selected_adapters") or list(self.peft_config):
+                _check_whole(self.base_model, name, kwargs.get("state_dict"))
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _check_whole(model: nn.Module, adapter_name: str, state: dict[str, Any] | None) -> None:
+    """Refuse a state without an edit's tensor; without a state, a model that holds pieces of DeepSpeed's."""
+    for path, edit in model.named_modules():
+        if not isinstance(edit, Edit) or not path.endswith(f".{adapter_name}"):
+            continue
+        for name, tensor in edit.named_parameters():
+            key = f"{path}.{name}".replace("_fsdp_wrapped_module.", "").removeprefix("model.")
+            if name in ("basis", "reflectors"):  # they stand for the rotation, which is saved
+                continue
+            there = not hasattr(tensor, "ds_id") if state is None else any(k.endswith(key) for k in state)
+            if not there:
+                raise ReftuneError(
+                    f"The adapter {adapter_name!r} cannot be saved: {key} is not here as a whole. Save through the "
+                    "trainer (save_model), or pass state_dict=accelerator.get_state_dict(model); under DeepSpeed's "
+                    "ZeRO 3 set stage3_gather_16bit_weights_on_model_save."
+                )
 
 
 def _check_same(model: nn.Module, present: Any, given: Any, adapter_name: str) -> None:

@@ -33,6 +33,7 @@ from reftune.errors import ReftuneError
 
 REFT = "REFT"
 """The adapter's kind, as PEFT and `adapter_config.json` have it."""
+_FSDP_1 = "_fsdp_wrapped_module."
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT adds to `modules_to_save` after the adapter is on the model."""
 
@@ -107,6 +108,19 @@ class ReftModel(BaseTuner):
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *others: Any, **more: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's, and under FSDP 1 the edits: a state's names are without the wrapping, the modules' are with it."""
+        found: Any = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *others, **more)
+        paths = tuple(
+            f"{path.replace(_FSDP_1, '')}."
+            for path, module in model.named_modules()
+            if _FSDP_1 in path and isinstance(module, Intervention)
+        )
+        return found | {name: weight for name, weight in state_dict.items() if name.startswith(paths)}
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         model = under(model)

@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from reftune.errors import ReftuneError
 from reftune.output import terminal
+from reftune.runs import processes, run_training
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -27,6 +28,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
@@ -88,6 +90,8 @@ class Commands(TyperGroup):
         """The command that was called, made now."""
         name, command, rest = super().resolve_command(ctx, args)
         found = self._named(name or "")
+        if found and name != "train" and processes.count() > 1:
+            raise ReftuneError(f"reftune {name} runs in one process: call it without a launcher.")
         return name, found.load() if found else command, rest
 
     def _named(self, name: str) -> Command | None:
@@ -175,6 +179,9 @@ def quieten() -> None:
 
 def main() -> None:
     """Entry point of the `reftune` script; **SIGTERM is Ctrl-C in it**, so that a cluster's preemption saves too."""
+    if processes.rank() > 0:
+        processes.follow(run_training)
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()

@@ -9,6 +9,7 @@ import typer
 
 from reftune.cli.flags import with_flags
 from reftune.output import terminal
+from reftune.runs.processes import as_launched
 from reftune.runs.recipe import TrainRecipe, resolve_recipe
 from reftune.runs.recipe_values import typed_fields
 
@@ -24,7 +25,7 @@ def train(
 
     Every flag is also a key of the recipe, with underscores (gradient_accumulation: 4).
     """
-    resolved = resolve_recipe(recipe, flags)  # before the libraries are loaded: a wrong flag is told at once
+    resolved = as_launched(resolve_recipe(recipe, flags))  # before the libraries are loaded: a wrong flag is told now
     from reftune.cli.results import print_training, print_users
     from reftune.runs import run_training
     from reftune.users.run import run_users

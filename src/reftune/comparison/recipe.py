@@ -36,6 +36,7 @@ _OWN: Mapping[str, tuple[str, ...]] = {
 _ONE_RUN = (
     "resume", "overwrite", "show", "quiet", "tensorboard", "wandb", "log_every", "adapter_column", "share", "bias_lr",
     "cohort_tokens", "patience", "objective", "factors", "reward", "answers", "answer_tokens", "beta",
+    "processes", "max_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
 )  # fmt: skip
 """Keys of TrainRecipe that say how one run is watched; a comparison has its own ways."""
 

@@ -21,7 +21,10 @@ from reftune.runs.recipe import PER_CALL, adapter_keys, recipe_fields
 RESULT_FILE = "result.json"
 RESULT_FORMAT = 1
 
-_NOT_SHARED = (*PER_CALL, "output", "tensorboard", "wandb", "log_every", "eval_fraction")
+_NOT_SHARED = (
+    *PER_CALL, "output", "tensorboard", "wandb", "log_every", "eval_fraction", "processes", "max_steps", "eval_steps",
+    "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
+)  # fmt: skip
 _FILES = ("train_file", "eval_file", "split", "columns", "limit_rows")
 
 

@@ -65,6 +65,40 @@ def read_rows(source: Source, *, split: str = "train") -> list[RawRow]:
     return rows
 
 
+def stream_rows(source: str, *, split: str = "train") -> Iterator[RawRow]:
+    """Rows one after another, of which few are held at a time.
+
+    Args:
+        source: a .jsonl, .ndjson or .parquet file, or a Hub dataset name.
+        split: the split of a Hub dataset.
+
+    Raises:
+        ReftuneError: as for `read_rows`, at the row where it is met; or a file that cannot be read in pieces.
+    """
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if not path.exists() and suffix not in _READERS and _HUB_NAME.fullmatch(source):
+        rows = _load_hub(source, streaming=True)
+        if split not in rows:
+            raise ReftuneError(f"split={split!r}: {source} has the splits {', '.join(map(str, rows))}")
+        for number, item in enumerate(rows[split], start=1):
+            yield RawRow(source, number, _mapping(item, f"{source}, row {number}"))
+    elif not path.exists():
+        refuse_dangling(path)
+        raise ReftuneError(f"{source}: there is no such file{_near(path)}")
+    elif suffix in (".jsonl", ".ndjson"):
+        try:
+            with path.open(encoding="utf-8-sig", newline="\n") as lines:
+                yield from _jsonl_rows(path, lines)
+        except UnicodeDecodeError:
+            read_text(path)  # says in which line
+            raise
+    elif suffix == ".parquet":
+        yield from _parquet_rows(path, whole=False)
+    else:
+        raise ReftuneError(f"{source}: rows are streamed from .jsonl or .parquet; convert it, or leave out streaming")
+
+
 def _read_path(name: str, split: str) -> list[RawRow]:
     path = Path(name).expanduser()
     reader = _READERS.get(path.suffix.lower())
@@ -195,7 +229,11 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    yield from _jsonl_rows(path, read_text(path).split("\n"))
+
+
+def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -206,18 +244,25 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
+    yield from _parquet_rows(path, whole=True)
+
+
+def _parquet_rows(path: Path, whole: bool) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        tables = [pyarrow.parquet.read_table(path)] if whole else pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+        done = 0
+        for table in tables:
+            names = table.schema.names
+            columns = [_arrow_values(one, str(path), name) for name, one in zip(names, table.columns, strict=True)]
+            for number, values in enumerate(zip(*columns, strict=True), start=done + 1):
+                where = f"{path}, row {number}"
+                yield RawRow(str(path), number, _mapping(dict(zip(names, values, strict=True)), where))
+            done += len(columns[0]) if columns else 0
     except (pyarrow.ArrowException, OSError) as error:
         raise ReftuneError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    names = table.column_names
-    columns = [_arrow_values(column, str(path), name) for name, column in zip(names, table.columns, strict=True)]
-    for number, values in enumerate(zip(*columns, strict=True), start=1):
-        where = f"{path}, row {number}"
-        yield RawRow(str(path), number, _mapping(dict(zip(names, values, strict=True)), where))
 
 
 def _arrow_values(column: Any, source: str, name: str) -> list[Any]:
@@ -256,18 +301,21 @@ def _read_folder(path: Path, split: str) -> list[RawRow]:
 
 
 def _read_hub(name: str, split: str) -> list[RawRow]:
+    return _read_memory(_load_hub(name), name, split)
+
+
+def _load_hub(name: str, **options: Any) -> Any:
     import datasets
 
     dataset, _, config = name.partition(":")
     try:
-        loaded = datasets.load_dataset(dataset, config or None)
+        return datasets.load_dataset(dataset, config or None, **options)
     except Exception as error:  # hub, network and builder errors share no base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReftuneError(
             f"{name} is neither a file here nor a dataset that could be fetched from the Hub ({reason}): "
             "check the spelling, the working folder or the connection"
         ) from error
-    return _read_memory(loaded, name, split)
 
 
 def _read_memory(source: Any, name: str, split: str) -> list[RawRow]:

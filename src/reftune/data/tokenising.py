@@ -189,6 +189,10 @@ class Encoding:
             logger.warning("%s of %s rows: %s (limit %s tokens)", count, len(rows), what, self.limit)
         return datasets.Dataset.from_dict(columns)
 
+    def encoded(self, rows: Sequence[Example], cut: Counter[str]) -> Iterator[Encoded]:
+        """Rows one after another, as `dataset` has them; what had to be cut is counted in ``cut``."""
+        return _encode(rows, self, cut)
+
     def pairs(self, rows: Sequence[Example], *, progress: bool = False) -> datasets.Dataset:
         """Rows with a second, worse answer: the columns of `dataset`, and of that answer behind `REJECTED`."""
         others = self.dataset([replace(row, completion=row.rejected or "", more={}) for row in rows], progress=progress)

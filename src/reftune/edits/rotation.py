@@ -27,7 +27,7 @@ def retract_(P: Float[Tensor, "*batch r width"]) -> None:
 
     Method: shifted CholeskyQR followed by CholeskyQR2 (Fukaya et al., 2020), as it needs matrix products alone.
     """
-    if P.is_meta:
+    if P.is_meta or P.ndim < 2:  # fewer dimensions: a piece of a rotation (see training.sharding)
         return
     if isinstance(P, DTensor):  # a shard of FSDP 2
         whole = P.full_tensor()

@@ -3,7 +3,7 @@
 Open `recipe.py` for what can be set (every flag and YAML key is a field there), `recipe_values.py` for how values are
 read, `completion.py`, `classification.py` and `preferences.py` for the kinds of run, `steps.py` for what they share,
 `output_folder.py` for what happens to files, `model_card.py` for the README that a run writes, `demo.py` for
-`reftune demo`.
+`reftune demo`, `processes.py` for several processes that train together.
 
 Nothing here imports `cli`, `comparison` or `sweeps`, which are built on it.
 """
@@ -32,19 +32,21 @@ def run_training(recipe: TrainRecipe, console: Console | None = None) -> Trained
     """
     from reftune.errors import ReftuneError
     from reftune.output import terminal
+    from reftune.runs import processes
     from reftune.runs.recipe import PREFERENCES
 
     if recipe.adapter_column is not None:
         raise ReftuneError(f"adapter_column={recipe.adapter_column!r}: many users are trained by `reftune.users.run`.")
-    console = console or terminal.console(stderr=True)
-    if recipe.task == "classification":
-        from reftune.runs.classification import run_classification
+    console, recipe = console or terminal.console(stderr=True), processes.as_launched(recipe)
+    with processes.together(recipe):
+        if recipe.task == "classification":
+            from reftune.runs.classification import run_classification
 
-        return run_classification(recipe, console)
-    if recipe.objective in PREFERENCES:
-        from reftune.runs.preferences import run_preferences
+            return run_classification(recipe, console)
+        if recipe.objective in PREFERENCES:
+            from reftune.runs.preferences import run_preferences
 
-        return run_preferences(recipe, console)
-    from reftune.runs.completion import run_completion
+            return run_preferences(recipe, console)
+        from reftune.runs.completion import run_completion
 
-    return run_completion(recipe, console)
+        return run_completion(recipe, console)

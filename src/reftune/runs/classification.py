@@ -29,6 +29,7 @@ from reftune.inference.prompts import to_jsonl
 from reftune.output.files import write_text
 from reftune.runs.fingerprint import base_digest
 from reftune.runs.output_folder import check_output, readable_disk_errors
+from reftune.runs.processes import from_first, rank
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.steps import Prepared, TrainedRun, attach_edit, load_base, train_and_write
 from reftune.training.trainer import ReftTrainer
@@ -52,7 +53,7 @@ class ClassificationData:
 
 def run_classification(recipe: TrainRecipe, console: Console) -> TrainedRun:
     """Train a classifier as the recipe says and write the output folder; errors as for `runs.run_training`."""
-    place = check_output(recipe)
+    place = from_first("place", lambda: check_output(recipe))
     data = read_classification_data(recipe)
     scheme = data.scheme
     measures = measures_for(scheme, recipe.glue, recipe.metric)
@@ -160,7 +161,7 @@ def _report(
     parts = {"validation": data.validation, **data.tests}
     size = trainer.args.per_device_eval_batch_size
     scores = {name: evaluate_classification(classifier, rows, size) for name, rows in parts.items() if rows}
-    for name in data.tests:
+    for name in data.tests if rank() == 0 else ():
         _write_predictions(output / f"{name}_predictions.jsonl", data.tests[name], scores[name])
     history = trainer.state.log_history
     epochs = [

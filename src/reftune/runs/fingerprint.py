@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,23 @@ from typing import Any
 import yaml
 from torch import nn
 
+from reftune.data.streaming import StreamedRows
 from reftune.errors import ReftuneError
 from reftune.output.json_files import read_json_object
+from reftune.runs.known_settings import AUTO
 from reftune.runs.recipe import RUN_FILE, TrainRecipe, recipe_fields
 from reftune.runs.recipe_values import read_yaml
 from reftune.training.prefix.base_identity import tensor_values
 
 FINGERPRINT_FILE = "fingerprint.json"
 _HARMLESS = (
-    "test_file", "device", "gradient_checkpointing", "prefix_reuse", "epochs", "log_every", "output", "resume",
-    "overwrite", "show", "tensorboard", "wandb", "cohort_tokens",
+    "test_file", "device", "gradient_checkpointing", "prefix_reuse", "epochs", "max_steps", "log_every", "eval_steps",
+    "save_steps", "save_total_limit", "output", "resume", "overwrite", "show", "tensorboard", "wandb", "report_to",
+    "cohort_tokens",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not change the steps that are done (more epochs come after them)."""
+_ROWS_OF_A_STEP = ("batch_size", "gradient_accumulation", "processes")
+"""Fields whose product counts: the rows of an optimiser's step."""
 _DIGESTED = {
     "train_file": "training rows",
     "eval_file": "held-out rows",
@@ -66,12 +72,15 @@ def check_resumed(recipe: TrainRecipe, folder: Path, found: Mapping[str, str]) -
     """
     if not (folder / RUN_FILE).is_file():
         return
-    before = {item.name: item.default for item in recipe_fields()} | read_yaml(folder / RUN_FILE)
+    before: dict[str, Any] = {item.name: item.default for item in recipe_fields()} | read_yaml(folder / RUN_FILE)
     now: dict[str, Any] = yaml.safe_load(recipe.to_yaml())
     recorded: dict[str, Any] = {}
     if (folder / FINGERPRINT_FILE).is_file():
         recorded = read_json_object(folder / FINGERPRINT_FILE, "train again, without --resume")
     harmless = set(_HARMLESS) - ({"epochs"} if recipe.adapter_column else set())  # users who are done stay as they are
+    sizes = [before[name] for name in _ROWS_OF_A_STEP]
+    if AUTO not in (recipe.batch_size, *sizes) and math.prod(sizes) == recipe.rows_of_a_step:
+        harmless |= {*_ROWS_OF_A_STEP}
     by_content = set(_DIGESTED) & set(recorded)
     differ = {name for name in by_content if recorded[name] != found[name]}
     changed = [f"other {what}" for name, what in _DIGESTED.items() if name in differ]
@@ -89,6 +98,8 @@ def check_resumed(recipe: TrainRecipe, folder: Path, found: Mapping[str, str]) -
 
 
 def _rows_digest(rows: Any) -> str:
+    if isinstance(rows, StreamedRows):
+        return rows.digest()
     digest = hashlib.blake2b(digest_size=16)
     for batch in [] if rows is None else rows.iter(batch_size=1000):
         digest.update(repr(sorted(batch.items())).encode())

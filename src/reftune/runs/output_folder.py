@@ -21,6 +21,7 @@ from reftune.errors import ReftuneError
 from reftune.output.files import write_failure, write_text
 from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
+from reftune.runs import processes
 from reftune.runs.fingerprint import FINGERPRINT_FILE, write_fingerprint
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.training.checkpoints import damaged_checkpoints, foreign_files, last_complete_checkpoint
@@ -112,6 +113,9 @@ def held_output(recipe: TrainRecipe, place: OutputPlace) -> Iterator[None]:
     Raises:
         ReftuneError: another run has come first.
     """
+    if processes.rank() > 0:  # the first one holds it for all
+        yield
+        return
     output, absent = place.output, _first_absent(place.output)
     try:
         with readable_disk_errors(output):

@@ -47,6 +47,7 @@ from reftune.runs.recipe_values import (
     read_factors,
     read_labels,
     read_layers,
+    read_names,
     read_yaml,
     told_by_flag,
 )
@@ -61,6 +62,7 @@ EDITS = ("consreft", "direft", "direft_orthogonal", "gated", "lobireft", "loreft
 BIAS_RATE = 25.0
 """How many times the learning rate of what users share the biases take; 10 to 250 did well, not measured further."""
 _NO_EDITS = ("lora", "dora", "ia3", "prefix", "prompt", "full")
+LOGGERS = ("tensorboard", "trackio", "wandb")
 RUN_FILE = "run.yaml"
 DEMO_DATA = "demo"
 REWARDED = ("grpo", "rloo")
@@ -72,6 +74,7 @@ _LIMITS = {
     "gradient_accumulation": (1, 1_000_000),
     "limit_rows": (1, 10**12),
     "log_every": (1, 10**9),
+    "processes": (1, 100_000),
     "seed": (0, 2**32 - 1),  # what numpy's generator takes
     "show": (0, 1_000_000),
     "warmup_steps": (0, 10**9),
@@ -136,6 +139,14 @@ class TrainRecipe:
     )
     columns: str | dict[str, str] | None = _option(
         None, "Data", "Names of your columns: prompt=question,completion=answer.", "field=column,..."
+    )
+    streaming: bool = _option(
+        False,
+        "Data",
+        "Read rows while training, for data larger than memory (.jsonl, .parquet, Hub); give max_steps too.",
+    )
+    stream_buffer: int = _option(
+        1000, "Data", "Rows held while streaming, of which the next one is drawn.", "rows", least=1
     )
     limit_rows: int | None = _option(None, "Data", "Read only the first rows of each file.", "rows", ("max_samples",))
     template: str | None = _option(
@@ -273,8 +284,22 @@ class TrainRecipe:
     log_every: int | None = _option(
         None, "Training", "Log the loss so often; default: about 100 times.", "steps", ("logging_steps",)
     )
+    max_steps: int | None = _option(
+        None, "Training", "Stop after so many optimiser steps, whatever the epochs.", "steps", least=1
+    )
+    eval_steps: int | None = _option(
+        None, "Training", "Evaluate on the held-out rows so often; default: after each epoch.", "steps", least=1
+    )
     patience: int | None = _option(
-        None, "Training", "Stop after so many epochs without a lower held-out loss; default: never.", "epochs", least=1
+        None, "Training", "Stop after so many evaluations without a lower held-out loss; default: never.", "times",
+        ("early_stopping_patience",), least=1,
+    )  # fmt: skip
+    processes: int = _option(
+        1,
+        "Training",
+        "Processes that train together, each on a GPU of its own, or all on the CPU; a launcher's (torchrun): its own.",
+        "processes",
+        ("num_processes", "nproc_per_node"),
     )
     adapter_column: str | None = _option(
         None, "Users", "Column that says whose row it is: every user gets an edit, in the store --output.",
@@ -291,12 +316,24 @@ class TrainRecipe:
         "tokens", least=1,
     )  # fmt: skip
     output: str = _option("out", "Output", "Folder of the adapter, its metrics, curve and card.", aka=("output_dir",))
+    save_steps: int | None = _option(
+        None, "Output", "Save a checkpoint so often; default: after each evaluation, or each epoch.", "steps", least=1
+    )
+    save_total_limit: int | None = _option(
+        None, "Output", "Keep so many of the newest checkpoints, and the best; default: 2.", "checkpoints", least=1
+    )
     resume: bool = _option(False, "Output", "Go on from the newest whole checkpoint in the output folder.")
     overwrite: bool = _option(False, "Output", "Start again although the output folder holds an unfinished run.")
     show: int = _option(0, "Output", "Print so many tokenised rows first, edited and learnt tokens marked.", "rows")
     quiet: bool = _option(False, "Output", "Print neither the plan nor the progress.")
     tensorboard: bool = _option(True, "Output", "Write TensorBoard logs to <output>/runs.")
     wandb: bool = _option(False, "Output", "Log to Weights & Biases.")
+    report_to: str | list[str] | None = _option(
+        None,
+        "Output",
+        "Log to trackio, wandb, tensorboard, several of them, or none; in place of the two above.",
+        "name,name,...",
+    )
 
     def __post_init__(self) -> None:
         coerce_fields(self, {name: AUTO for name in DEFAULTS["completion"]})
@@ -313,6 +350,7 @@ class TrainRecipe:
         object.__setattr__(self, "labels", read_labels(self.labels))
         object.__setattr__(self, "chat_template_kwargs", read_chat_template_kwargs(self.chat_template_kwargs))
         object.__setattr__(self, "factors", read_factors(self.factors))
+        object.__setattr__(self, "report_to", read_names("report_to", self.report_to, (*LOGGERS, "none")))
         self._check_task()
         self._check_users()
         self._check_objective()
@@ -336,6 +374,9 @@ class TrainRecipe:
             )
         if self.method.lower() in _NO_EDITS:
             raise ReftuneError(f"method={self.method!r} is no edit: `reftune compare` trains it beside them.")
+        self._check_processes()
+        self._check_steps()
+        self._check_streaming()
         self._check_libraries_names()
         if self.layers == "all" or not isinstance(self.layers, str):
             self.adapter_config()
@@ -344,8 +385,6 @@ class TrainRecipe:
 
     def _check_users(self) -> None:
         """Refuse what has no meaning for many users, or for a single adapter."""
-        if self.patience is not None and not self.eval_file and not self.eval_fraction:
-            raise ReftuneError(f"patience={self.patience} goes by the held-out loss: give eval_file or eval_fraction.")
         if self.adapter_column is None:
             for name in ("cohort_tokens", "share", "bias_lr"):
                 if (value := getattr(self, name)) is not None:
@@ -360,11 +399,57 @@ class TrainRecipe:
             "parametrization": self.parametrization != "cholesky" and "use cholesky",
             "wandb": self.wandb and "what training came to is in users.jsonl",
             "objective": self.objective != "completion" and "users are trained on their answers",
+            "max_steps": self.max_steps and "users have steps of their own",
+            "eval_steps": self.eval_steps and "users are evaluated after each epoch",
+            "save_steps": self.save_steps and "it is saved now and then",
+            "report_to": self.report_to and "what training came to is in users.jsonl",
+            "processes": self.processes > 1 and "users are trained in one process",
             "show": self.show and "it shows one adapter's rows; leave it out",
         }
         for name, why in unfit.items():
             if why:
                 raise ReftuneError(f"{name}={getattr(self, name)!r} does not go with adapter_column: {why}.")
+
+    def _check_processes(self) -> None:
+        """Refuse what several processes cannot do together."""
+        if self.processes == 1:
+            return
+        name = f"processes={self.processes}"
+        if self.objective != "completion":
+            raise ReftuneError(f"{name} does not go with objective={self.objective!r}: leave one of the two out.")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ReftuneError(f"{name} take a device each, not device={self.device!r}: use cpu or cuda, or none.")
+
+    def _check_streaming(self) -> None:
+        """Refuse what needs all rows at once."""
+        if not self.streaming:
+            return
+        if self.max_steps is None:
+            raise ReftuneError("streaming=true: nobody knows how many rows will come; say when to stop with max_steps.")
+        unfit = {
+            "task": self.task == "classification" and "classes are found in all rows",
+            "objective": self.objective != "completion" and "use completion",
+            "adapter_column": self.adapter_column is not None and "users' rows are sorted",
+            "eval_fraction": self.eval_fraction and "held-out rows need a file of their own; give eval_file",
+            "show": self.show and "leave it out",
+        }
+        for name, why in unfit.items():
+            if why:
+                raise ReftuneError(f"{name}={getattr(self, name)!r} does not go with streaming: {why}.")
+
+    def _check_steps(self) -> None:
+        """Refuse evaluations that are not asked for, and checkpoints between them: the best one must have a loss."""
+        evaluates = bool(self.eval_file or self.eval_fraction or self.glue)
+        for name in ("patience", "eval_steps"):
+            if getattr(self, name) is not None and not evaluates:
+                raise ReftuneError(
+                    f"{name}={getattr(self, name)} goes by the held-out loss: give eval_file or eval_fraction."
+                )
+        if evaluates and self.save_steps and self.save_steps % (self.eval_steps or self.save_steps):
+            raise ReftuneError(
+                f"save_steps={self.save_steps}: a checkpoint needs its held-out loss; give a multiple of "
+                f"eval_steps={self.eval_steps}."
+            )
 
     def _check_libraries_names(self) -> None:
         """Refuse an optimizer or a schedule that transformers does not have; their defaults need no look."""
@@ -481,12 +566,12 @@ class TrainRecipe:
                 depth = len(find_sites(base, found.component, "all"))
                 found = replace(found, layers=placed(found.layers, depth))
             if rows is not None and found.batch_size == AUTO:
-                together = STEP_ROWS * found.gradient_accumulation
+                together = max(1, STEP_ROWS // found.processes) * found.gradient_accumulation
                 size = rows_of_a_pass(together, max(map(len, rows["input_ids"])), affordable_tokens(base))
                 found = replace(found, batch_size=size, gradient_accumulation=together // size)
             if rows is not None and found.lr == AUTO:
                 sites = find_sites(base, found.component, found.layers)
-                step = min(int(found.batch_size) * found.gradient_accumulation, len(rows))
+                step = min(found.rows_of_a_step, len(rows))
                 tokens = step * learnt_tokens(rows) / len(rows) if self.objective not in PREFERENCES else USUAL_TOKENS
                 found = replace(found, lr=learning_rate(max(site.width for site in sites), len(sites), tokens))
         return found
@@ -497,6 +582,11 @@ class TrainRecipe:
 
         arguments = self.chat_template_kwargs if isinstance(self.chat_template_kwargs, dict) else None
         return Encoding(tokenizer, self.template, self.system_prompt, self.max_length, self.long_prompts, arguments)
+
+    @property
+    def rows_of_a_step(self) -> int:
+        """Rows of one optimiser step, over all processes."""
+        return int(self.batch_size) * self.gradient_accumulation * self.processes
 
     def full_path(self, name: str) -> Any:
         """A field that may be a local path, in full where it is one; a Hub name or None stays."""

@@ -234,6 +234,20 @@ def read_factors(value: Any) -> list[float] | None:
     return numbers
 
 
+def read_names(field: str, value: Any, known: Sequence[str]) -> list[str] | None:
+    """`"a,b"`, `"a"` or `["a", "b"]`, each of those that are known.
+
+    Raises:
+        ReftuneError: another name.
+    """
+    if value is None:
+        return None
+    names = [str(part).strip() for part in (value if isinstance(value, (list, tuple)) else str(value).split(","))]
+    if not names or not {*names} <= {*known}:
+        raise ReftuneError(f"{field}={value!r}: choose of {', '.join(known)}.")
+    return names
+
+
 def read_columns(value: Any) -> dict[str, str] | None:
     """`"prompt=question,completion=answer"` or a mapping.
 

@@ -6,22 +6,26 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import EarlyStoppingCallback, get_scheduler
 
 from reftune import models
 from reftune.data.showing import show_examples
+from reftune.data.streaming import StreamedRows
 from reftune.engine.position_grammar import parse_positions
 from reftune.engine.transformers_names import checkpointing_arguments
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
+from reftune.runs import processes
 from reftune.runs.fingerprint import check_resumed, fingerprint
 from reftune.runs.known_settings import told_as_keys
 from reftune.runs.model_card import model_card
@@ -47,6 +51,11 @@ from reftune.training.trainer import ReftTrainer
 
 _WATCHING = ("greedy", "reduce_lr_on_plateau")
 """Schedules that go by the held-out loss."""
+
+_LOOKED_AT = 64
+"""Of rows that are streamed: how many decide what depends on the rows."""
+_STREAMED: dict[str, Any] = {"train_sampling_strategy": "random", "accelerator_config": {"dispatch_batches": False}}
+"""Each process reads the stream and takes its own rows: the batches are those of one process."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +83,8 @@ def load_base(recipe: TrainRecipe, **others: Any) -> tuple[Any, Any]:
     A local folder is named by its full path: a relative one in the adapter's configuration is found from here alone.
     """
     name = recipe.full_path("model")
-    return models.load(name, recipe.dtype, recipe.device, quantization=recipe.quantization, **others)
+    with processes.first_alone("base"):  # it may have to be fetched, or converted
+        return models.load(name, recipe.dtype, processes.device(recipe), quantization=recipe.quantization, **others)
 
 
 def attach_edit(base: Any, recipe: TrainRecipe, head: Sequence[str] = (), **options: Any) -> PeftModel:
@@ -96,8 +106,12 @@ def attach_edit(base: Any, recipe: TrainRecipe, head: Sequence[str] = (), **opti
     return model
 
 
-def encode_rows(rows: Sequence[Any], recipe: TrainRecipe, tokenizer: Any, label_names: Sequence[str] = ()) -> Any:
-    """Rows as the trainer takes them, in order; None where there are none."""
+def encode_rows(
+    rows: Sequence[Any] | Callable[[], Any], recipe: TrainRecipe, tokenizer: Any, label_names: Sequence[str] = ()
+) -> Any:
+    """Rows as the trainer takes them, in order; None where there are none. What reads rows gives those it streams."""
+    if callable(rows):
+        return StreamedRows(recipe.train_file, rows, recipe.encoding(tokenizer), recipe.stream_buffer, recipe.seed)
     if not rows:
         return None
     encoding, progress = recipe.encoding(tokenizer), len(rows) > 2000
@@ -115,7 +129,7 @@ class Prepared:
         model: with the adapter on it.
         tokenizer: the base model's.
         digest: of the base model (see `runs.fingerprint.base_digest`).
-        train, held_out: the rows; there may be no held-out ones.
+        train, held_out: the rows, or what streams those to train on; there may be no held-out ones.
         report: what `metrics.json` holds beside the trainer's report and the numbers of rows.
         label_names: a classifier's classes.
         arguments: training arguments of this kind of run.
@@ -127,7 +141,7 @@ class Prepared:
     model: Any
     tokenizer: Any
     digest: str
-    train: Sequence[Any]
+    train: Sequence[Any] | Callable[[], Any]
     held_out: Sequence[Any]
     report: Callable[[ReftTrainer], dict[str, Any]] = lambda trainer: {}
     label_names: Sequence[str] = ()
@@ -149,12 +163,14 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
     )
     for rows in (train_set, eval_set):
         check_row_lengths(model, rows)
-    recipe = recipe.fitted(model.get_base_model(), train_set)
-    plan = Plan(recipe, model, train_set, eval_set, console)
+    count = 0 if recipe.streaming else len(train_set)
+    shown = Dataset.from_list(list(islice(train_set, _LOOKED_AT))) if recipe.streaming else train_set
+    recipe = processes.from_first("fitted", lambda: ready.recipe.fitted(model.get_base_model(), shown))
+    plan = Plan(replace(recipe, quiet=recipe.quiet or recipe.streaming), model, shown, eval_set, console)
     with held_output(recipe, place):
         trainer = ReftTrainer(
             model=model,
-            args=training_arguments(recipe, place.folder, len(train_set), bool(ready.held_out), **ready.arguments),
+            args=training_arguments(recipe, place.folder, count, bool(ready.held_out), **ready.arguments),
             train_dataset=train_set,
             eval_dataset=eval_set,
             processing_class=tokenizer,
@@ -165,7 +181,7 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
             trainer.prefixes.switch_off(ready.no_prefixes)
         begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, ready.digest), console)
         train_until_done(trainer, recipe, place)
-        counts = {"train_rows": len(ready.train), "eval_rows": len(ready.held_out)}
+        counts = {"train_rows": count or None, "eval_rows": len(ready.held_out)}
         metrics = {**trainer.report(), **counts, **ready.report(trainer)}
         return write_results(recipe, place, trainer, metrics, tokenizer)
 
@@ -188,6 +204,8 @@ def begin_training(
     if place.checkpoint is not None:
         check_resumed(recipe, place.folder, found)
     _check_optimizer(trainer, recipe)
+    if processes.rank() > 0:
+        return
     if recipe.show:
         positions = parse_positions(recipe.positions)
         tokenizer: Any = trainer.processing_class
@@ -237,16 +255,17 @@ def write_results(
     model = trainer.model
     trl = recipe.objective in PREFERENCES
     unit = "loss" if trl or recipe.task == "classification" else "loss (nats per completion token)"
-    with readable_disk_errors(output):
-        save_adapter(model, output)
-        if recipe.objective in REWARDED:
-            _draw_curve(trainer, output / CURVE_FILE, "mean reward", "reward")
-        else:
-            _draw_curve(trainer, output / CURVE_FILE, unit)
-        write_recipe(recipe, output)
-        write_text(output / CARD_FILE, model_card(recipe, metrics, tokenizer))
-        write_text(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-        publish_run(place)
+    if processes.rank() == 0:
+        with readable_disk_errors(output):
+            save_adapter(model, output)
+            if recipe.objective in REWARDED:
+                _draw_curve(trainer, output / CURVE_FILE, "mean reward", "reward")
+            else:
+                _draw_curve(trainer, output / CURVE_FILE, unit)
+            write_recipe(recipe, output)
+            write_text(output / CARD_FILE, model_card(recipe, metrics, tokenizer))
+            write_text(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+            publish_run(place)
     encoding = within_context(recipe.encoding(tokenizer), model.get_base_model())
     edited = EditedModel(model, tokenizer, encoding, place.output)
     return TrainedRun(place.output, metrics, edited, [e["loss"] for e in trainer.state.log_history if "loss" in e])
@@ -266,19 +285,20 @@ def trainer_arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: b
     Args:
         recipe: the recipe.
         output: where checkpoints and logs go.
-        rows: number of training rows.
+        rows: number of training rows; of no meaning where they are streamed.
         evaluates: whether to evaluate and save after each epoch, and keep the best.
     """
     if recipe.schedule in _WATCHING and not evaluates:
         raise ReftuneError(
             f"schedule={recipe.schedule!r} goes by the held-out loss: give --eval-file or --eval-fraction, or another."
         )
-    steps = max(1, -(-rows // (int(recipe.batch_size) * recipe.gradient_accumulation))) * recipe.epochs
-    report_to = [name for name, on in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)) if on]
+    steps = recipe.max_steps or max(1, -(-rows // recipe.rows_of_a_step)) * recipe.epochs
+    eval_steps, save_steps = recipe.eval_steps or recipe.save_steps, recipe.save_steps or recipe.eval_steps
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"} if evaluates else {}
     return dict(
         output_dir=str(output),
         num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
@@ -289,11 +309,16 @@ def trainer_arguments(recipe: TrainRecipe, output: Path, rows: int, evaluates: b
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         logging_steps=recipe.log_every or max(1, round(steps / 100)),
-        save_strategy="epoch",
-        eval_strategy="epoch" if evaluates else "no",
-        report_to=_report_to(report_to),
-        use_cpu=recipe.device == "cpu",
+        save_strategy="steps" if save_steps else "epoch",
+        save_steps=save_steps or 500,
+        save_total_limit=recipe.save_total_limit or 2,
+        eval_strategy="no" if not evaluates else "steps" if eval_steps else "epoch",
+        eval_steps=eval_steps,
+        report_to=_report_to(recipe),
+        ddp_find_unused_parameters=None if recipe.task == "classification" else False,  # of an edit all are used
+        use_cpu=processes.device(recipe) == "cpu",
         disable_tqdm=recipe.quiet,  # by default it follows the libraries' verbosity, and the progress would go with it
+        **_STREAMED if recipe.streaming else {},
         **checkpointing_arguments(recipe.gradient_checkpointing),
         **({"optim": _optimizer(recipe.optimizer)} if recipe.optimizer else {}),
         **best,
@@ -309,14 +334,15 @@ def _optimizer(name: str) -> str:
     return name
 
 
-def _report_to(wanted: list[str]) -> Any:
+def _report_to(recipe: TrainRecipe) -> Any:
+    flags = [name for name, on in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)) if on]
+    wanted = [name for name in recipe.report_to or flags if name != "none"]
     if wanted == ["tensorboard"]:
         return "tensorboard"  # the default, which falls back to nothing where TensorBoard is not installed
-    if "wandb" in wanted:
-        from transformers.integrations.integration_utils import is_wandb_available
-
-        if not is_wandb_available():
-            raise ReftuneError("wandb=true: Weights & Biases is not installed; run `pip install wandb`.")
+    for name in wanted:
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            key = f"report_to={name!r}" if recipe.report_to else f"{name}=true"
+            raise ReftuneError(f"{key}: it is not installed; run `pip install {name}`.")
     return wanted or "none"
 
 

@@ -26,6 +26,7 @@ from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
 _NOT_IN_A_SWEEP = (
     "metric", "resume", "show", "quiet", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
     "factors", "reward", "answers", "answer_tokens", "beta",
+    "processes", "max_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
 )  # fmt: skip
 """Fields of TrainRecipe that a sweep has otherwise or not at all."""
 _NOT_SEARCHED = {

@@ -3,6 +3,8 @@
 The first one lets the step that is running finish (and the evaluation that belongs to it), saves, and then raises
 `KeyboardInterrupt`. A second one stops at once and saves nothing. A `KeyboardInterrupt` from elsewhere (a callback, a
 notebook's stop button in another thread) finds here whether the state belongs together, and the random state to save.
+
+Of several processes one may be told a step before the others: they agree after each step, and stop at the same one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 logger = logging.getLogger(__name__)
@@ -53,11 +56,14 @@ class InterruptCallback(TrainerCallback):
     Attributes:
         asked: Ctrl-C was pressed and the run will stop at the next point that can be resumed from.
         hurried: it was pressed twice.
+        alone: no other process takes part in the training.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.hurried = False
+        self.alone = True
+        self._among: Any = None  # the group of several processes; on the CPU, so that no GPU is waited for
         self._updating: int | None = None  # the step whose update began last
         self._point: tuple[int, RandomState] | None = None  # the last point that a resumed run could start from
 
@@ -75,11 +81,15 @@ class InterruptCallback(TrainerCallback):
         ours = {n: found for n, found in before.items() if found in (signal.default_int_handler, signal.SIG_DFL)}
         for number in ours:
             signal.signal(number, self._pressed)
+        self.alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        self._among = None if self.alone else dist.new_group(backend="gloo")
         try:
             yield
         finally:
             for number, found in ours.items():
                 signal.signal(number, found)
+            if self._among is not None:
+                dist.destroy_process_group(self._among)
 
     def _pressed(self, signum: int, frame: Any) -> None:
         if self.asked:
@@ -88,6 +98,14 @@ class InterruptCallback(TrainerCallback):
         self.asked = True
         what = "SIGTERM" if signum == signal.SIGTERM else "Ctrl-C"
         logger.warning("%s: finishing this step, then saving a checkpoint; a second one stops at once, unsaved.", what)
+
+    def _stops(self) -> bool:
+        """Whether any process was asked to stop; every process must call it."""
+        if self._among is None:
+            return self.asked
+        asked = torch.tensor(int(self.asked))
+        dist.all_reduce(asked, dist.ReduceOp.MAX, self._among)
+        return bool(asked)
 
     def can_save(self, step: int) -> bool:
         """Whether weights, optimiser and ``step`` (the steps done) belong together: not in the middle of an update."""
@@ -109,12 +127,12 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step is done; after Ctrl-C it is saved, the last of an epoch only once the epoch's end is through."""
         self._point = (state.global_step, RandomState.now())
-        if self.asked and not float(state.epoch).is_integer():
+        if self._stops() and not float(state.epoch).is_integer():
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The epoch's own evaluation comes first, so that a resumed run need not repeat it."""
-        if self.asked:
+        if self._stops():
             control.should_save = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -123,5 +141,5 @@ class InterruptCallback(TrainerCallback):
         Raises:
             KeyboardInterrupt: to end the training.
         """
-        if self.asked:
+        if self._stops():
             raise KeyboardInterrupt

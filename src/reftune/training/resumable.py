@@ -29,7 +29,7 @@ from reftune.training.checkpoints import (
 )
 from reftune.training.interrupts import InterruptCallback
 from reftune.training.progress import ProgressBarCallback
-from reftune.training.sharding import refuse_lost_retractions, retract_shards
+from reftune.training.sharding import retract_shards
 from reftune.training.supervised_logits import plain_model
 from reftune.training.throughput import ThroughputCallback, peak_memory_bytes
 
@@ -116,12 +116,7 @@ class ResumableTrainer(Trainer):
                 self._progress.close()
 
     def train_begins(self) -> None:
-        """Take up what transformers' checkpoints leave out. Called once the loop is set up, before its first step.
-
-        Raises:
-            ReftuneError: a distributed wrapper under which these edits cannot be trained.
-        """
-        refuse_lost_retractions(self.model_wrapped)
+        """Take up what transformers' checkpoints leave out. Called once the loop is set up, before its first step."""
         self._drop_input_gradients()
         self.throughput.begin()
         self._loss_before = (0.0, 0)
@@ -218,14 +213,15 @@ class ResumableTrainer(Trainer):
         """Load the best checkpoint, whatever its adapters are called (Trainer looks for one named default)."""
         best, names = self.state.best_model_checkpoint or "", list(getattr(self.model, "peft_config", ()))
         is_here = os.path.isdir(best)
+        device = "cpu" if self.args.device.type == "cpu" else str(self.args.device)  # several processes' is cpu:0
         if not is_here or not names or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif isinstance(self.model, PeftModel):
             for name in names:
                 folder = best if name == "default" else os.path.join(best, name)
-                self.model.load_adapter(folder, name, torch_device=str(self.args.device))
+                self.model.load_adapter(folder, name, torch_device=device)
         else:  # transformers' own add_adapter: the active one was saved
-            weights = load_peft_weights(best, device=str(self.args.device))
+            weights = load_peft_weights(best, device=device)
             set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapters()[0])
         self._loaded_step = self.state.best_global_step if is_here else None
 
@@ -247,7 +243,7 @@ class ResumableTrainer(Trainer):
         step = self.state.global_step
         # In the middle of a step the weights are still those of its beginning; only the random state has moved on.
         if step > self._initial_global_step and step != self._saved_step and self._interrupts.can_save(step):
-            if self.hp_search_backend is None:
+            if self.hp_search_backend is None and self._interrupts.alone:  # a save needs all processes
                 self.model_wrapped.zero_grad()
                 self._interrupts.back_to_step(step)
                 self._save_checkpoint(self.model_wrapped, None)

@@ -10,8 +10,11 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from reftune.training.loss import IGNORED_LABEL
 
 
 def peak_memory_bytes() -> int:
@@ -26,8 +29,14 @@ def peak_memory_bytes() -> int:
     return int(largest) if sys.platform == "darwin" else int(largest) * 1024
 
 
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 class ThroughputCallback(TrainerCallback):
     """Counts attended tokens and the seconds that training itself takes; its record survives a resume.
+
+    Several processes count their own tokens and add them up at the ends of epochs and where a record is written.
 
     Attributes:
         epoch_seconds: of the epochs that are done, in order.
@@ -58,20 +67,29 @@ class ThroughputCallback(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
 
     def count(self, inputs: Mapping[str, Any]) -> None:
-        """Add one batch: the tokens that its mask keeps, or all of them."""
-        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        """Add one batch: the tokens that its mask keeps, or all of them; of rows without a label, none."""
+        mask, ids, labels = (inputs.get(name) for name in ("attention_mask", "input_ids", "labels"))
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            kept = mask.detach().ne(0).sum()
-            self._uncounted = kept if self._uncounted is None else self._uncounted + kept
+            kept = mask.detach().ne(0)
+            if isinstance(labels, Tensor) and labels.ndim == 2:
+                kept &= labels.ne(IGNORED_LABEL).any(dim=1, keepdim=True)
+            kept = kept.sum()
         elif isinstance(ids, Tensor):
-            self._tokens += ids.numel()
+            kept = torch.tensor(ids.numel(), device=ids.device)
+        else:
+            return
+        self._uncounted = kept if self._uncounted is None else self._uncounted + kept
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far."""
+        """Tokens trained on so far; those that were not added up yet count as if every process had as many."""
+        return self._tokens + (0 if self._uncounted is None else int(self._uncounted.item()) * _processes())
+
+    def _add_up(self) -> int:
         if self._uncounted is not None:
-            self._tokens += int(self._uncounted.item())
-            self._uncounted = None
+            if _processes() > 1:
+                dist.all_reduce(self._uncounted)
+            self._tokens, self._uncounted = self._tokens + int(self._uncounted.item()), None
         return self._tokens
 
     @property
@@ -102,7 +120,7 @@ class ThroughputCallback(TrainerCallback):
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {
-            "tokens": self.tokens,
+            "tokens": self._add_up(),
             "epoch_seconds": list(self.epoch_seconds),
             "running_epoch": self._running_epoch(),
         }
@@ -113,6 +131,6 @@ class ThroughputCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the epoch; reading the count waits for the GPU, so its work belongs to the epoch that queued it."""
-        self._tokens = self.tokens
+        self._add_up()
         self.epoch_seconds.append(self._running_epoch())
         self._elapsed, self._started = 0.0, None

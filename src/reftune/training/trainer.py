@@ -128,6 +128,23 @@ class ReftTrainer(ResumableTrainer):
             return sum(len(batch["labels"]) // 2 for batch in batch_samples)
         return super()._get_num_items_in_batch(batch_samples, device)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's batches of a step, without the rows that fill up several processes' last one."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        labels = batches[-1].get("labels") if batches and isinstance(batches[-1], dict) else None
+        if self.accelerator.num_processes == 1 or not isinstance(labels, Tensor) or labels.ndim != 2:
+            return batches, items
+        held, own = len(labels), self._own_rows(len(labels))
+        if own is None:
+            return batches, items
+        keep = min(max(own, 1), held)  # one at least, of which nothing is learned: every process takes part in a step
+        batches[-1] = {
+            k: v[:keep] if isinstance(v, Tensor) and v.shape[:1] == (held,) else v for k, v in batches[-1].items()
+        }
+        if own <= 0:
+            batches[-1]["labels"] = torch.full_like(labels[:keep], IGNORED_LABEL)
+        return batches, items if items is None else self._get_num_items_in_batch(batches, self.args.device)
+
     def _begin_objective(self) -> ReftR1 | None:
         """Refuse what an objective on pairs cannot be trained with.
 
@@ -155,10 +172,12 @@ class ReftTrainer(ResumableTrainer):
 
     def _prefix_switch(self, store: PrefixStore | None) -> PrefixSwitch:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        streamed = self.train_dataset is not None and not has_length(self.train_dataset)
+        budget = getattr(self.args, "prefix_cache_gib", None)
         switch = PrefixSwitch(
             getattr(self.args, "prefix_reuse", "auto"),
-            getattr(self.args, "prefix_cache_gib", None),
-            [self.train_dataset, *evaluated],
+            0.0 if streamed and budget is None else budget,  # a row that is met once is not worth keeping
+            [] if streamed else [self.train_dataset, *evaluated],
             store=store,
             alone=self.args.full_determinism,
         )
@@ -198,26 +217,36 @@ class ReftTrainer(ResumableTrainer):
     ) -> Any:
         """Trainer's; where metrics are wanted, the logits of every position are computed for them."""
         self._all_logits = not prediction_loss_only
+        labels: Any = inputs.get("labels")
+        shared = self.accelerator.num_processes > 1 and isinstance(labels, Tensor) and labels.ndim == 2
+        own = self._own_rows(len(labels)) if shared else None
+        if own is not None and 0 < own < len(labels):
+            repeated = torch.arange(len(labels), device=labels.device).unsqueeze(1) >= own
+            inputs = {**inputs, "labels": labels.masked_fill(repeated, IGNORED_LABEL)}
         try:
-            return super().prediction_step(model, self._without_repeats(inputs), prediction_loss_only, ignore_keys)
+            loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._all_logits = False
+        if shared and loss is not None:
+            loss = self._mean_over_processes(loss, inputs["labels"] if own is None or own > 0 else inputs["labels"][:0])
+        return loss, *others
 
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Several processes' last batch without the rows that fill it up, which would count twice.
+    def _own_rows(self, held: int) -> int | None:
+        """Of several processes' last batch, which is filled up with the first rows: how many are no repetition.
 
-        accelerate begins again with the first rows there; gathering drops them, but not their share of a batch's loss.
+        That may be none, or more than the process holds. None: no process has such a batch.
         """
-        labels, state = inputs.get("labels"), self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        if not isinstance(labels, Tensor) or labels.ndim != 2:
-            return inputs
-        own = state.remainder - self.accelerator.process_index * len(labels)
-        if not 0 < own < len(labels):  # none of them repeated, or a loss that gathering drops anyway
-            return inputs
-        repeated = torch.arange(len(labels), device=labels.device).unsqueeze(1) >= own
-        return {**inputs, "labels": labels.masked_fill(repeated, IGNORED_LABEL)}
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        return state.remainder - self.accelerator.process_index * held
+
+    def _mean_over_processes(self, loss: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the learned tokens of all processes' batches, as one process has it of a batch of them all."""
+        tokens = (labels[:, 1:] != IGNORED_LABEL).sum()
+        summed = torch.stack([(loss * tokens).nan_to_num() if tokens else torch.zeros_like(loss), tokens.to(loss)])
+        total: Any = self.accelerator.reduce(summed.double(), "sum")
+        return (total[0] / total[1]).to(loss)
 
     def epoch_begins(self) -> None:
         """Choose the epoch's row order (accelerate does so on one process, not through every wrapper on several)."""
