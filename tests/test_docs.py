@@ -61,6 +61,8 @@ NOT_RUN = {
     "docs/how-to/many-users.md": [
         "reftune train --train-file rows.csv --adapter-column user --eval",
         "reftune train --train-file rows.csv --adapter-column user --share",
+        "reftune adapt store --user dora",
+        "from reftune.users.adapt import adapt_user",
     ],
     "docs/how-to/user-store.md": ["reftune serve smollm2", "reftune store list"],
     "docs/how-to/gpu.md": [

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import reftune
 from reftune.serving.user_rows import attach_store
 from reftune.users import run as users_run
 from reftune.users.cohort import Cohort, SharedPart
@@ -97,35 +102,57 @@ def test_a_run_that_was_killed_goes_on_in_the_middle_of_a_cohort(
     assert steps == expected  # none of them twice
 
 
-def test_a_shared_part_that_was_killed_goes_on(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(users_run, "_EVERY_SECONDS", -1.0)
-    steps: list[int] = []
-    killed_at: list[int] = []
+KILLED = """
+import os, signal, sys
+from reftune.users import run
+from reftune.users.cohort import Cohort, SharedPart
+from reftune.cli import main
+
+run._EVERY_SECONDS, left = -1.0, int(sys.argv.pop(1))
+for kind in (SharedPart, Cohort):
+    def step(self, step=kind.step):
+        global left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return step(self)
+    kind.step = step
+main()
+"""
+
+
+@pytest.mark.parametrize(("killed_at", "in_the_store"), [(6, None), (13, 1)])
+def test_a_run_that_is_killed_hard_goes_on_from_its_last_step(
+    train: Any, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, in_the_store: int | None
+) -> None:
+    steps: list[tuple[str, int]] = []
     for kind in (SharedPart, Cohort):
 
         def counted(self: Any, step: Any = kind.step) -> Any:
-            if len(steps) in killed_at:
-                killed_at.remove(len(steps))
-                raise KeyboardInterrupt
-            steps.append(len(self.courses))
+            course = self.course if isinstance(self, SharedPart) else self.courses[0]
+            steps.append((course.rows.name, course.done))
             return step(self)
 
         monkeypatch.setattr(kind, "step", counted)
-    assert train(*SHARE, "--cohort-tokens", "1", out="whole").exit_code == 0
+    settings = (*SHARE, "--cohort-tokens", "1")
+    assert train(*settings, out="whole").exit_code == 0
     expected = list(steps)
-    assert expected[:8] == [3] * 8 and set(expected[8:]) == {1}
+    assert [name for name, _ in expected] == [""] * 8 + ["ann"] * 4 + ["cy"] * 4 + ["bob"] * 2
     steps.clear()
-    killed_at += [6, len(expected) - 1]
-    assert train(*SHARE, "--cohort-tokens", "1").exit_code == 130
-    assert not UserStore.open(tmp_path / "store").has_shared
-    assert train(*SHARE, "--cohort-tokens", "1", "--resume").exit_code == 130
-    assert train(*SHARE, "--cohort-tokens", "1", "--resume").exit_code == 0
-    assert steps == expected
-    assert not list((tmp_path / "store").glob(".*.pt"))
-    whole, resumed = (UserStore.open(tmp_path / name) for name in ("whole", "store"))
+    command = ["train", "--train-file", tmp_path / "whole.csv", "--model", tiny, *OPTIONS, "--adapter-column", "user"]
+    command = [sys.executable, "-c", KILLED, killed_at, *command, *settings, "--output", tmp_path / "store"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(reftune.__file__).parents[1])}
+    killed = subprocess.run([str(part) for part in command], env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    store = UserStore.open(tmp_path / "store")
+    assert (len(store) if store.has_shared else None) == in_the_store
+    assert train(*settings, "--resume").exit_code == 0
+    assert steps == expected[killed_at:]
+    assert not list(store.path.glob(".*.pt"))
+    whole = UserStore.open(tmp_path / "whole")
     for user in ("ann", "bob", "cy"):
         for name, tensor in whole.read(user).items():
-            torch.testing.assert_close(resumed.read(user)[name], tensor, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(store.read(user)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -203,3 +230,70 @@ def test_users_share_all_but_a_bias(train: Any, tmp_path: Path, tiny: Path) -> N
             assert torch.equal(tensor, store.read(user)[name])
         torch.testing.assert_close(loaded(**inputs).logits[index], served[index], rtol=1e-5, atol=1e-5)
         base = loaded.unload()
+
+
+@pytest.fixture
+def adapt(cli: Any, tmp_path: Path) -> Any:
+    def run(user: str, *more: object, file: object = None) -> Any:
+        return cli("adapt", tmp_path / "store", "--user", user, "--train-file", file or tmp_path / "store.csv", *more)
+
+    return run
+
+
+def test_a_user_who_comes_later_gets_the_bias_of_training_with_the_others(
+    train: Any, adapt: Any, tmp_path: Path
+) -> None:
+    assert train(*SHARE).exit_code == 0
+    store = UserStore.open(tmp_path / "store")
+    before = {user: store.read(user) for user in store.names()}
+    own = tmp_path / "dora.csv"  # no column of users: all rows are hers
+    own.write_text("prompt,completion\n" + "".join(f'{p},"{c}"\n' for user, p, c in ROWS if user == "cy"))
+    for user, file in (("cy", None), ("dora", own)):
+        result = adapt(user, file=file)
+        assert result.exit_code == 0, result.output
+        assert "steps 4/4" in result.stderr and f"{user}: 3 rows, 4 steps, training loss" in result.stdout
+        for name, tensor in store.read(user).items():
+            torch.testing.assert_close(tensor, before["cy"][name], rtol=1e-4, atol=1e-6)
+    assert store.names() == ["ann", "bob", "cy", "dora"] and store.verify() == []
+    assert all(torch.equal(store.read("ann")[name], tensor) for name, tensor in before["ann"].items())
+    assert [json.loads(line)["user"] for line in (store.path / "users.jsonl").read_text().splitlines()][3:] == [
+        "cy",
+        "dora",
+    ]
+    assert adapt("cy", "--bias-lr", "1", "--epochs", "1").exit_code == 0
+    bias = next(name for name in before["cy"] if name.endswith(".bias"))
+    assert not torch.allclose(store.read("cy")[bias], before["cy"][bias], atol=1e-3)
+
+
+def test_what_adapt_refuses_changes_nothing(train: Any, adapt: Any, cli: Any, tmp_path: Path, other_base: Path) -> None:
+    assert cli("adapt", tmp_path / "store", "--user", "ann", "--train-file", "x.csv").exit_code == 2
+    assert train().exit_code == 0
+    result = adapt("ann")
+    assert (result.exit_code, "has no shared part" in result.stderr) == (2, True), result.stderr
+    assert train(*SHARE, "--overwrite").exit_code == 0
+    store = tmp_path / "store"
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in store.iterdir()}
+
+    before = files()
+    for user, more, told in (
+        ("eve", (), "user 'eve' has no rows; 'user' names ann, bob, cy"),
+        ("../eve", (), "user '../eve': a name has"),
+        ("bob", ("--adapter-column", "owner", "--columns", "prompt=nothing"), "nothing"),
+        ("bob", ("--bias-lr", "0"), "--bias-lr=0.0: must be above 0"),
+        ("bob", ("--eval-fraction", "0.9", "--eval-file", store / "none.csv"), "both given"),
+        ("bob", ("--dtype", "float1"), "float1"),
+    ):
+        result = adapt(user, *more)
+        assert (result.exit_code, told in result.stderr) == (2, True), result.output
+    assert files() == before
+    base = json.loads((store / "fingerprint.json").read_text())
+    (store / "fingerprint.json").write_text(json.dumps({**base, "model": "0" * 32}))
+    result = adapt("bob")
+    assert (result.exit_code, "was trained on other weights" in result.stderr) == (2, True), result.output
+    (store / "fingerprint.json").write_text(json.dumps(base))
+    shared = next(store.glob("shared-*.safetensors"))
+    shared.write_bytes(before[shared.name][:-1] + bytes([before[shared.name][-1] ^ 1]))
+    result = adapt("bob")
+    assert (result.exit_code, "is not as it was written" in result.stderr) == (2, True), result.output

@@ -21,6 +21,7 @@ Commands.registered = (
     Command("sweep", "sweep", "sweep"),
     Command("serve", "serve", "serve", {"ignore_unknown_options": True}),
     Command("store", "store", "store"),
+    Command("adapt", "adapt", "adapt"),
     Command("info", "info", "info"),
     Command("env", "env", "env"),
     Command("import-pyreft", "import_pyreft", "import_pyreft"),

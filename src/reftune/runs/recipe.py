@@ -95,6 +95,14 @@ DIALS = tuple(KNOWN)
 """Fields that stand for several others."""
 PER_CALL = ("resume", "overwrite", "show", "quiet", *DIALS)
 """Fields that say what one call does, or that others hold when they are read: `run.yaml` leaves them out."""
+OWN_OF_A_USER = ("train_file", "eval_file", "eval_fraction", "limit_rows", "patience", "init_from")
+"""Fields of the run that a store's users come from that say nothing of a user who comes later."""
+ADAPTED = (
+    "train_file", "eval_file", "eval_fraction", "limit_rows", "patience", "split", "columns", "adapter_column", "dtype",
+    "device", "epochs", "batch_size", "lr", "bias_lr", "warmup_ratio", "schedule", "max_grad_norm", "prefix_reuse",
+    "seed",
+)  # fmt: skip
+"""Fields that such a user may have otherwise than the others (`reftune adapt`)."""
 
 
 @no_type_check  # it takes what YAML and a command line give, and makes it the declared type itself

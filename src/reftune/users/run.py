@@ -84,12 +84,12 @@ def run_users(recipe: TrainRecipe, console: Console | None = None) -> UsersRun:
     model = attach_edit(base, recipe)
     if recipe.init_from:
         start_from(model, recipe.init_from)
-    users, found, rows = _encoded(recipe, model, tokenizer, examples)
+    users, found, rows = encoded_users(recipe, model, tokenizer, examples)
     recipe = recipe.fitted(model.get_base_model(), rows)
     found = {**found, "model": digest}
     begun = time.monotonic()
     prefixes = PrefixSwitch(recipe.prefix_reuse, None, [user.train for user in users])
-    training = _Training(recipe, model, tokenizer.pad_token_id, prefixes, output, users)
+    training = Training(recipe, model, tokenizer.pad_token_id, prefixes, output, users)
     with readable_disk_errors(output):
         training.cohort(users[:1]).remove()  # what it refuses, before any change
         store = _begin(recipe, output, model, found)
@@ -116,8 +116,10 @@ def read_users(recipe: TrainRecipe) -> dict[str, tuple[list[Example], list[Examp
     Raises:
         ReftuneError: naming file, row and column; or a user who lacks rows.
     """
-    train = _by_user(recipe, recipe.train_file)
-    held_out = _by_user(recipe, recipe.eval_file) if recipe.eval_file else None
+    train = by_user(recipe, read_rows(recipe.train_file, split=recipe.split)[: recipe.limit_rows])
+    held_out = None
+    if recipe.eval_file:
+        held_out = by_user(recipe, read_rows(recipe.eval_file, split=recipe.split)[: recipe.limit_rows])
     for user in held_out or ():
         if user not in train:
             raise ReftuneError(f"{recipe.eval_file}: user {user!r} has no rows to train on in {recipe.train_file}.")
@@ -137,11 +139,16 @@ def read_users(recipe: TrainRecipe) -> dict[str, tuple[list[Example], list[Examp
     return found
 
 
-def _by_user(recipe: TrainRecipe, source: str) -> dict[str, list[Example]]:
+def by_user(recipe: TrainRecipe, given: Sequence[RawRow]) -> dict[str, list[Example]]:
+    """Rows by the name in their ``adapter_column``.
+
+    Raises:
+        ReftuneError: a row without one, or names that are none or too much alike.
+    """
     column, columns = str(recipe.adapter_column), recipe.columns if isinstance(recipe.columns, dict) else None
     rows: dict[str, list[RawRow]] = {}
     alike: dict[str, tuple[str, str]] = {}
-    for row in read_rows(source, split=recipe.split)[: recipe.limit_rows]:
+    for row in given:
         name = _user_of(row, column)
         first, where = alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, row.where))
         if first != name:
@@ -167,7 +174,7 @@ def _user_of(row: RawRow, column: str) -> str:
         raise ReftuneError(f"{row.where}: {error}") from None
 
 
-def _encoded(
+def encoded_users(
     recipe: TrainRecipe, model: PeftModel, tokenizer: Any, examples: dict[str, tuple[list[Example], list[Example]]]
 ) -> tuple[list[UserRows], dict[str, str], Any]:
     """The users' rows as tokens, digests of them, and all that are trained on."""
@@ -222,7 +229,7 @@ def _begin(recipe: TrainRecipe, output: Path, model: PeftModel, found: dict[str,
     return store
 
 
-def _metrics(output: Path, users: Sequence[UserRows], training: _Training, seconds: float) -> dict[str, Any]:
+def _metrics(output: Path, users: Sequence[UserRows], training: Training, seconds: float) -> dict[str, Any]:
     lines = (output / RESULTS_FILE).read_text(encoding="utf-8").splitlines()
     records = {record["user"]: record for record in map(json.loads, lines)}
     held_out = [record["eval_loss"] for record in records.values() if record["eval_loss"] is not None]
@@ -240,7 +247,9 @@ def _metrics(output: Path, users: Sequence[UserRows], training: _Training, secon
 
 
 @dataclass
-class _Training:
+class Training:
+    """The users of a file, in training: how, and what of."""
+
     recipe: TrainRecipe
     model: PeftModel
     pad_token_id: int
@@ -277,7 +286,7 @@ class _Training:
             use_shared(self.model, store)
         there = set(store.names())
         left = [user for user in self.users if user.name not in there]
-        with _progress(console, "users", len(self.users), len(self.users) - len(left)) as advance:
+        with progress(console, "users", len(self.users), len(self.users) - len(left)) as advance:
             for some in self.cohorts(left):
                 self.prefixes.next_pass()
                 self.train(store, some)
@@ -308,7 +317,7 @@ class _Training:
         )  # fmt: skip
         try:
             run = _resumed(shared, self.output / SHARED_CHECKPOINT_FILE)
-            with _progress(console, "steps of the shared part", shared.course.total, shared.course.done) as advance:
+            with progress(console, "steps of the shared part", shared.course.total, shared.course.done) as advance:
                 run(lambda: advance(1))
         finally:
             shared.remove(learnt=shared.course.stopped)
@@ -330,8 +339,9 @@ class _Training:
 
 
 def use_shared(model: PeftModel, store: UserStore) -> None:
-    """Give a model's adapter what a store's users share, of which training changes the bias alone."""
-    set_peft_model_state_dict(model, store.shared())
+    """Give a model's adapter what a store's users share; the bias alone is trained (from 0 where none is shared)."""
+    missing = {n: torch.zeros_like(t) for n, t in get_peft_model_state_dict(model).items() if n.endswith(".bias")}
+    set_peft_model_state_dict(model, {**missing, **store.shared()})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name.endswith(".bias"))
 
@@ -359,7 +369,7 @@ def _resumed(cohort: Cohort, checkpoint: Path) -> Callable[[Callable[[], None]],
 
 
 @contextmanager
-def _progress(console: Console, what: str, total: int, done: int) -> Iterator[Any]:
+def progress(console: Console, what: str, total: int, done: int) -> Iterator[Any]:
     """What is done and the time left: a bar on a terminal, else a line now and then."""
     if console.is_terminal:
         columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
