@@ -350,6 +350,43 @@ def test_a_model_whose_logits_come_out_otherwise_is_caught_by_the_check():
     assert "differ from the plain path" in refusal(model)
 
 
+def test_the_check_is_made_once_for_the_same_base_edits_and_code(monkeypatch):
+    checks, check = [], PrefixReuse._check
+    monkeypatch.setattr(PrefixReuse, "_check", lambda *args: (checks.append(1), check(*args)))
+    monkeypatch.setattr("reftune.training.prefix.reuse._PROVEN", {})
+    rows = examples()
+
+    def began(change: Any = lambda model: None, **config: Any) -> int:
+        model = tuned(**{"positions": "l1", "layers_to_transform": [1], **config})
+        change(model.get_base_model().model.layers[2])
+        checks.clear()
+        switch = PrefixSwitch("auto", None, [rows])
+        found = switch.forward(model, batch_of(rows))
+        torch.testing.assert_close(found.logits, supervised_forward(model, batch_of(rows)).logits)
+        return len(checks)
+
+    assert [began(), began(), began()] == [1, 0, 0]
+    assert began(positions="l2") == began(layers_to_transform=[0]) == began(method="direft") == 1
+    assert began(lambda layer: layer.mlp.down_proj.weight.data.mul_(2)) == 1
+    assert began() == 0
+
+
+def test_a_remembered_check_does_not_speak_for_other_code(monkeypatch):
+    def fresh() -> Any:
+        return tuned(positions="l1", layers_to_transform=[1])
+
+    rows = examples()
+    PrefixSwitch("on", None, [rows]).forward(fresh(), batch_of(rows))
+    kind = type(fresh().get_base_model().model.layers[2])
+    plain = kind.forward
+
+    def by_length(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, hidden_states, *args, **kwargs) + 0.1 * hidden_states.shape[1]
+
+    monkeypatch.setattr(kind, "forward", by_length)
+    assert "differ from the plain path" in refusal(fresh())
+
+
 def test_asking_for_it_where_it_is_impossible_is_an_error():
     model = tuned("bloom", positions="l1", layers_to_transform=[1])
     rows = examples()
