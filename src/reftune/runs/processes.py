@@ -252,7 +252,17 @@ def _explained(error: BaseException, started: Sequence[subprocess.Popen[bytes]])
             return RuntimeError(f"process {found['rank']} of {count()} failed:\n{found['said']}")
     except RuntimeError:  # the store is gone with the process that held it
         pass
-    return ReftuneError(_gone(next((status for one in started if (status := one.poll())), None))) if lost else None
+    return ReftuneError(_gone(_status_of(started))) if lost else None
+
+
+def _status_of(started: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """How one of the processes that were started here ended, which its watcher may learn a moment after its silence."""
+    until = time.monotonic() + 2
+    while started and time.monotonic() < until:
+        if status := next((one.returncode for one in started if one.returncode), None):
+            return status
+        time.sleep(0.02)
+    return None
 
 
 def _gone(status: int | None = None) -> str:

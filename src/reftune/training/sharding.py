@@ -82,12 +82,12 @@ def _retract_pieces(edit: RotatedEdit, group: Any) -> None:
 @torch.no_grad()
 def _retract_masters(rotation: Tensor) -> None:
     """DeepSpeed: the optimiser steps float32 pieces, and the forward has rounded copies, under ZeRO 3 in pieces too."""
+    from deepspeed import zero  # pyright: ignore[reportMissingImports]
     from deepspeed.utils import (  # pyright: ignore[reportMissingImports]
         safe_get_full_fp32_param,
         safe_set_full_fp32_param,
         safe_set_local_fp32_param,
     )
-    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
 
     parameter: Any = rotation
     whole = safe_get_full_fp32_param(parameter)
@@ -98,5 +98,5 @@ def _retract_masters(rotation: Tensor) -> None:
         safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(group), size))
     else:
         safe_set_full_fp32_param(parameter, whole)
-    with GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else nullcontext():
+    with zero.GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else nullcontext():
         parameter.data.copy_(whole)
