@@ -280,7 +280,8 @@ def test_what_adapt_refuses_changes_nothing(train: Any, adapt: Any, cli: Any, tm
     for user, more, told in (
         ("eve", (), "user 'eve' has no rows; 'user' names ann, bob, cy"),
         ("../eve", (), "user '../eve': a name has"),
-        ("bob", ("--adapter-column", "owner", "--columns", "prompt=nothing"), "nothing"),
+        ("bob", ("--adapter-column", "owner"), "no column 'owner' (--adapter-column) among"),
+        ("BOB", (), "too much alike"),
         ("bob", ("--bias-lr", "0"), "--bias-lr=0.0: must be above 0"),
         ("bob", ("--eval-fraction", "0.9", "--eval-file", store / "none.csv"), "both given"),
         ("bob", ("--dtype", "float1"), "float1"),

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from reftune import ReftuneError
+from reftune.cli.app import app
 from reftune.runs import preferences, run_training
 from reftune.runs.preferences import load_reward, numeric
 from reftune.runs.recipe import resolve_recipe
@@ -140,10 +142,26 @@ def test_the_last_number_is_what_counts() -> None:
         numeric(["1"], answer=["none"])
 
 
+def test_numbers_of_torch_and_numpy_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import torch\ndef f(completions):\n    return torch.ones(len(completions))\n")
+    assert load_reward(f"{tmp_path}/mine.py:f")(completions=["a", "b"]) == [1.0, 1.0]
+
+
+def test_the_command_says_what_came_of_it(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    flags = f"train --model {tiny} --train-file {file} --objective dpo --epochs 1 --device cpu --output {tmp_path}/out"
+    result = CliRunner().invoke(app, flags.split())
+    assert result.exit_code == 0, result.output
+    assert "reward margin" in result.output and "Saved in" in result.output
+    assert "| objective | dpo |" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
-    [("return [1.0]", "gave 1 numbers for 2 answers"), ("return [float('nan')] * 2", "finite"), ("return None", "gave 0"),
-     ("1 / 0", "ZeroDivisionError"), ("return 'ab'", "gave 0"), ("return [None, 1]", "gave None")],
+    [("return [1.0]", "gave 1 numbers for 2 answers"), ("return [float('nan')] * 2", "finite"), ("return None", "gave NoneType"),
+     ("1 / 0", "ZeroDivisionError"), ("return 'ab'", "gave str"), ("return [None, 1]", "gave None"), ("return 1.0", "gave float"),
+     ("raise SystemExit(0)", "failed: SystemExit"), ("return [1e308, -1e308]", "finite"), ("return {'a': 1}", "gave dict")],
 )  # fmt: skip
 def test_a_reward_that_gives_no_numbers_is_named(body: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(f"def f(completions):\n    {body}\n")
@@ -162,7 +180,9 @@ def test_a_reward_that_gives_no_numbers_is_named(body: str, said: str, tmp_path:
         ("grpo", SUMS, {"answers": 3}, "multiple of the 3"),
         ("grpo", SUMS, {"reward": "nowhere.py:f"}, "there is no file nowhere.py"),
         ("grpo", SUMS, {"reward": "mine"}, "names no function"),
-        ("grpo", [{"prompt": "a", "answer": "?"}], {"batch_size": 2}, "has no number"),
+        ("grpo", [{"prompt": "a", "answer": "1"}, {"prompt": "a", "answer": "?"}], {}, "row 2: reward 'numeric': '.' in 'answer' has no number"),
+        ("grpo", [{"prompt": "a"}], {}, "row 1: reward 'numeric' needs a column"),
+        ("dpo", PAIRS, {"answers": 4}, "answers=4 has no meaning"),
         ("dpo", PAIRS, {"reward": "numeric"}, "no meaning"),
         ("dpo", PAIRS, {"prefix_reuse": "on"}, "prefix.reuse='on'"),
         ("dpo", PAIRS, {"beta": -1}, "beta=-1"),

@@ -48,7 +48,11 @@ def print_training(run: TrainedRun, console: Console) -> None:
                 shown = f"{value:.4f}  ({low:.4f} to {high:.4f}, {score['rows']:,} rows)"
                 table.add_row(f"{part.replace('_', ' ')} {name.replace('_', ' ')}", shown)
     table.add_row("seconds", f"{sum(metrics['epoch_seconds']):.1f}")
-    table.add_row("tokens a second", f"{metrics['tokens_per_second']:,.0f}")
+    for name in ("reward", "eval_reward", "reward_margin", "reward_accuracy"):
+        if name in metrics:
+            table.add_row(name.replace("_", " ").replace("eval", "held-out"), f"{metrics[name]:.4f}")
+    if "tokens_per_second" in metrics:
+        table.add_row("tokens a second", f"{metrics['tokens_per_second']:,.0f}")
     console.print(table)
     console.print(f"Saved in {run.folder}. Try it: {_next_command(run)}", soft_wrap=True, highlight=False, markup=False)
 

@@ -82,7 +82,7 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
                 sys.path.pop(0)
     except ReftuneError:
         raise
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         missing = isinstance(error, ModuleNotFoundError) and error.name == place.partition(".")[0]
         way_out = f"; {forms}" if missing else ""
         raise ReftuneError(f"{what} {source!r} cannot be loaded: {type(error).__name__}: {error}{way_out}.") from error
@@ -97,7 +97,7 @@ def _of_function(function: Callable[[str], Any], source: str) -> Judge:
     def accepts(answer: str) -> bool:
         try:
             found = function(answer)
-        except Exception as error:  # whatever the user's own code raises
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
             raise ReftuneError(
                 f"judge {source!r} failed on the answer {answer[:60]!r}: {type(error).__name__}: {error}"
             ) from error

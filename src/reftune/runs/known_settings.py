@@ -36,7 +36,7 @@ _PAPER_RATE, _PAPER_WIDTH, _PAPER_LAYERS = 9e-4, 4096, 32
 """The paper's rate for edits of all layers of a model of 7B."""
 _BY_LAYERS, _HIGHEST_RATE = 0.43, 1.5e-2
 """How the rate grows as layers become fewer (4e-3 for one layer of 32), and the highest."""
-USUAL_TOKENS, _MOST_BY_TOKENS = 300, 1.25
+USUAL_TOKENS, _MOST_BY_TOKENS = 300.0, 1.25
 """Learnt tokens of the step that the rate is for, and how much more it may be for longer ones."""
 _CPU_TOKENS = 4096
 STEP_ROWS = 8

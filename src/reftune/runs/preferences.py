@@ -16,12 +16,14 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -61,6 +63,7 @@ _LABELS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no
 _ANSWERS = ("completion", "response", "output", "answer")
 _JUDGED = {"reward": "reward", "kl": "kl", "rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy"}
 """What TRL logs, and what `metrics.json` calls it."""
+_LARGEST = 1e30
 Reward = Callable[..., list[float]]
 
 
@@ -79,7 +82,7 @@ def run_preferences(recipe: TrainRecipe, console: Console) -> TrainedRun:
     train_set = Dataset.from_list(rows)
     eval_set = Dataset.from_list(eval_rows) if eval_rows else None
     recipe = recipe.fitted(base, train_set)
-    with held_output(recipe, place), warnings.catch_warnings():
+    with held_output(recipe, place), warnings.catch_warnings(), _without_bars():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"trl\.")
         warnings.filterwarnings("ignore", category=UserWarning, module=r"trl\.")
         trainer = _trainer(recipe, place.folder, base, tokenizer, train_set, eval_set, reward, encoding)
@@ -90,6 +93,18 @@ def run_preferences(recipe: TrainRecipe, console: Console) -> TrainedRun:
         for unknown in ("tokens", "tokens_per_second"):  # TRL's batches are its own
             del metrics[unknown]
         return write_results(recipe, place, trainer, metrics, tokenizer)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep TRL's tokenising, of rows that are tokenised in a moment, from showing bars of its own."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def load_reward(source: str | None) -> Reward:
@@ -112,15 +127,19 @@ def load_reward(source: str | None) -> Reward:
     def reward(**given: Any) -> list[float]:
         try:
             values = function(**(given if takes_all else {name: given[name] for name in taken if name in given}))
-        except Exception as error:  # whatever the user's own code raises
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
             raise ReftuneError(f"reward {source!r} failed: {type(error).__name__}: {error}") from error
-        count = len(given["completions"])
-        found = [] if values is None or isinstance(values, (str, Mapping)) else list(values)
+        count, said = len(given["completions"]), f"reward {source!r} gave"
+        if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+            raise ReftuneError(
+                f"{said} {type(values).__name__}: give a list with a number for each of {count} answers."
+            )
+        found = [value.item() if hasattr(value, "item") else value for value in values]  # numbers of numpy or torch
         if len(found) != count:
-            raise ReftuneError(f"reward {source!r} gave {len(found)} numbers for {count} answers: give one for each.")
+            raise ReftuneError(f"{said} {len(found)} numbers for {count} answers: give one for each.")
         for value in found:
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ReftuneError(f"reward {source!r} gave {value!r}: give finite numbers.")
+            if not isinstance(value, (int, float)) or not abs(value) < _LARGEST:
+                raise ReftuneError(f"{said} {value!r:.60}: give finite numbers, below {_LARGEST:g}.")
         return [float(value) for value in found]
 
     reward.__name__ = getattr(function, "__name__", "reward")
@@ -133,15 +152,25 @@ def numeric(completions: Sequence[str], **columns: Any) -> list[float]:
     Raises:
         ReftuneError: rows without an answer's column, or without a number in it.
     """
-    column = next((name for name in _ANSWERS if name in columns), None)
-    if column is None:
-        raise ReftuneError(f"reward 'numeric' needs a column with the right answer: one of {', '.join(_ANSWERS)}.")
-    right = [last_number(str(text)) for text in columns[column]]
-    if None in right:
-        raise ReftuneError(f"reward 'numeric': {columns[column][right.index(None)]!r:.60} in {column!r} has no number.")
+    column = _column_of_answers(columns)
     return [
-        float(same(last_number(text), gold)) for text, gold in zip(completions, right, strict=True) if gold is not None
+        float(same(last_number(text), _number(gold, column)))
+        for text, gold in zip(completions, columns[column], strict=True)
     ]
+
+
+def _column_of_answers(columns: Iterable[str]) -> str:
+    found = next((name for name in _ANSWERS if name in columns), None)
+    if found is None:
+        raise ReftuneError(f"reward 'numeric' needs a column with the right answer: one of {', '.join(_ANSWERS)}.")
+    return found
+
+
+def _number(answer: Any, column: str) -> float:
+    number = last_number("" if answer is None else str(answer))
+    if number is None:
+        raise ReftuneError(f"reward 'numeric': {answer!r:.60} in {column!r} has no number.")
+    return number
 
 
 def _read(recipe: TrainRecipe, source: str) -> list[tuple[Example, RawRow]]:
@@ -155,6 +184,13 @@ def _read(recipe: TrainRecipe, source: str) -> list[tuple[Example, RawRow]]:
         )
     else:
         examples = read_prompts(rows, columns=columns)
+        if recipe.reward in (None, "numeric"):
+            for row in rows:
+                try:
+                    column = _column_of_answers(row.values)
+                    _number(row.values[column], column)
+                except ReftuneError as error:
+                    raise ReftuneError(f"{row.where}: {error}") from None
     if len(examples) != len(rows):
         raise ReftuneError(f"{source}: objective={recipe.objective!r} takes one answer a row: split conversations.")
     return list(zip(examples, rows, strict=True))

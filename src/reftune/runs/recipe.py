@@ -537,8 +537,11 @@ class TrainRecipe:
                 f"batch_size={self.batch_size}: a step takes {rows} answers, which must be a multiple of the "
                 f"{self.answers} of a prompt (--answers)."
             )
-        if self.objective not in REWARDED and self.reward is not None:
-            raise ReftuneError(f"reward={self.reward!r} has no meaning for {name}: leave it out.")
+        if self.objective not in REWARDED:
+            for item in fields(self):
+                value = getattr(self, item.name)
+                if item.name in ("reward", "answers", "answer_tokens") and value != item.default:
+                    raise ReftuneError(f"{item.name}={value!r} has no meaning for {name}: leave it out.")
         if self.objective == "kto" and self.batch_size < 2:
             raise ReftuneError(f"batch_size={self.batch_size}: kto compares the rows of a batch, so at least 2.")
 

@@ -108,7 +108,9 @@ class ProgressBarCallback(TrainerCallback):
             self._print(f"step {state.global_step}/{state.max_steps}  {text}")
         if "loss" not in logs:
             return
-        self._now = "  ".join(f"{name} {float(logs[name]):.4f}" for name in self._shown or ("loss",) if name in logs)
+        self._now = "  ".join(
+            f"{name} {float(logs[name]):.4f}" for name in self._shown or ("loss",) if logs.get(name) is not None
+        )
         if self._bar is not None:
             self._bar.update(self._task, status=self._status())
         elif time.monotonic() - self._last_line >= self._every_seconds or state.global_step >= state.max_steps:

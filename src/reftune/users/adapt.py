@@ -30,7 +30,7 @@ from reftune.runs.recipe import ADAPTED, OWN_OF_A_USER, RUN_FILE, TrainRecipe
 from reftune.runs.recipe_values import given, read_yaml, told_by_flag
 from reftune.runs.steps import load_base
 from reftune.training.prefix.switch import PrefixSwitch
-from reftune.users.names import check_user_name
+from reftune.users.names import check_user_name, looks
 from reftune.users.run import RESULTS_FILE, Training, by_user, encoded_users, progress, use_shared
 from reftune.users.store import UserStore
 
@@ -66,11 +66,15 @@ def adapt_user(
             f"{store.path} has no shared part, beside which a bias could be a user's own: train the store with --share "
             "rotation, or this user alone with `reftune train` and then `reftune store import`."
         )
-    recipe = _recipe(store, {**settings, "train_file": train_file})
+    if (other := next((n for n in store.names() if n != user and looks(n) == looks(user)), None)) is not None:
+        raise ReftuneError(f"user {user!r} and {other!r} of {store.path} are too much alike; write a name in one way.")
+    recipe, named = _recipe(store, {**settings, "train_file": train_file}), "adapter_column" in given(settings)
     rows = split_rows(
-        _rows_of(recipe, recipe.train_file, user),
+        _rows_of(recipe, recipe.train_file, user, named),
         eval_fraction=recipe.eval_fraction,
-        eval_rows=_rows_of(recipe, recipe.eval_file, user) if recipe.eval_file else None,
+        eval_rows=_rows_of(recipe, recipe.eval_file, user, "adapter_column" in given(settings))
+        if recipe.eval_file
+        else None,
         seed=recipe.seed,
     )
     transformers.set_seed(recipe.seed)
@@ -110,10 +114,15 @@ def _recipe(store: UserStore, settings: Mapping[str, Any]) -> TrainRecipe:
         )
 
 
-def _rows_of(recipe: TrainRecipe, source: str, user: str) -> list[Example]:
-    """A user's rows: those with the name in the column, or all of a file that has no such column."""
+def _rows_of(recipe: TrainRecipe, source: str, user: str, named: bool) -> list[Example]:
+    """A user's rows: by the column, or all of a file that lacks it, where nobody ``named`` the column."""
     rows = read_rows(source, split=recipe.split)[: recipe.limit_rows]
     if not any(str(recipe.adapter_column) in row.values for row in rows):
+        if named:
+            present = ", ".join(map(str, rows[0].values))
+            raise ReftuneError(
+                f"{source}: there is no column {recipe.adapter_column!r} (--adapter-column) among {present}."
+            )
         return examples_of(rows, columns=recipe.columns if isinstance(recipe.columns, dict) else None)
     found = by_user(recipe, rows)
     if user not in found:

@@ -45,6 +45,11 @@ def check_user_name(name: Any) -> str:
     return name
 
 
+def looks(name: str) -> str:
+    """What two names have in common that people may take for one another."""
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
 def is_store(folder: Path) -> bool:
     """Whether a folder is a store of users, as far as its file names say."""
     return (folder / INDEX_FILE).is_file()

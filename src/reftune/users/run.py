@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from reftune.training.prefix.switch import PrefixSwitch
 from reftune.training.progress import print_line, seconds_between_lines, time_left
 from reftune.training.row_lengths import check_row_lengths
 from reftune.users.cohort import Cohort, SharedPart, UserRows, computed_tokens
-from reftune.users.names import INDEX_FILE, check_user_name
+from reftune.users.names import INDEX_FILE, check_user_name, looks
 from reftune.users.store import UserStore
 
 RESULTS_FILE = "users.jsonl"
@@ -150,7 +149,7 @@ def by_user(recipe: TrainRecipe, given: Sequence[RawRow]) -> dict[str, list[Exam
     alike: dict[str, tuple[str, str]] = {}
     for row in given:
         name = _user_of(row, column)
-        first, where = alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, row.where))
+        first, where = alike.setdefault(looks(name), (name, row.where))
         if first != name:
             raise ReftuneError(
                 f"{row.where}: user {name!r} and {first!r} ({where}) are too much alike; write a name in one way."
