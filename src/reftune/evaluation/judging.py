@@ -64,7 +64,8 @@ def load_function(source: str, what: str) -> Callable[..., Any]:
     place, colon, name = source.rpartition(":")
     forms = _FORMS if what == "judge" else "write module:function or file.py:function"
     if not colon or not place or not name:
-        raise ReftuneError(f"{what} {source!r} names no function: {forms}.")
+        place = "is no folder and " if what == "judge" and not colon else ""
+        raise ReftuneError(f"{what} {source!r} {place}names no function: {forms}.")
     try:
         if place.endswith(".py"):
             path = Path(place).expanduser()
