@@ -12,7 +12,7 @@ import yaml
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
 from reftune.runs.known_settings import AUTO
-from reftune.runs.recipe import DIALS, TrainRecipe, adapter_keys
+from reftune.runs.recipe import ALONE, DIALS, TrainRecipe, adapter_keys
 from reftune.runs.recipe_values import also_known_as, check_names, merged, read_number, read_yaml, told_at
 
 RECIPE_FILE = "comparison.yaml"
@@ -33,11 +33,7 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "judge_by": (),
     "title": ("name",),
 }
-_ONE_RUN = (
-    "resume", "overwrite", "show", "quiet", "tensorboard", "wandb", "log_every", "adapter_column", "share", "bias_lr",
-    "cohort_tokens", "patience", "objective", "factors", "reward", "answers", "answer_tokens", "beta",
-    "processes", "max_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
-)  # fmt: skip
+_ONE_RUN = (*ALONE, "overwrite", "tensorboard", "wandb", "log_every")
 """Keys of TrainRecipe that say how one run is watched; a comparison has its own ways."""
 
 

@@ -16,15 +16,12 @@ from reftune.errors import ReftuneError
 from reftune.evaluation.row_losses import RowLosses
 from reftune.output.files import write_text
 from reftune.output.json_files import read_json_object
-from reftune.runs.recipe import PER_CALL, adapter_keys, recipe_fields
+from reftune.runs.recipe import COURSE, PER_CALL, adapter_keys, recipe_fields
 
 RESULT_FILE = "result.json"
 RESULT_FORMAT = 1
 
-_NOT_SHARED = (
-    *PER_CALL, "output", "tensorboard", "wandb", "log_every", "eval_fraction", "processes", "max_steps", "eval_steps",
-    "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
-)  # fmt: skip
+_NOT_SHARED = (*PER_CALL, "output", "tensorboard", "wandb", "log_every", "eval_fraction", *COURSE)
 _FILES = ("train_file", "eval_file", "split", "columns", "limit_rows")
 
 

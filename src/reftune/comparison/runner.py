@@ -113,7 +113,7 @@ def run_comparison(
             write_text(recipe.folder / RECIPE_FILE, _header(recipe) + recipe.to_yaml())
             runs = [run for run in recipe.runs() if run[0].name in wanted]
             shared = recipe.shared
-            batches = math.ceil(len(checked.train) / (int(shared.batch_size) * shared.gradient_accumulation))
+            batches = math.ceil(len(checked.train) / shared.rows_of_a_step)
             steps = math.ceil(batches * shared.epochs)
             with ComparisonProgress(len(runs), len(runs) - len(todo), steps, console) as progress:
                 store = PrefixStore() if share_prefixes else None

@@ -145,8 +145,13 @@ class Encoding:
         """The BOS id where this tokenizer adds one; chat templates write their own, so none is added after them."""
         if resolve_template(self.tokenizer, self.template) is None:
             return None
-        start = cast("int | None", self.tokenizer.bos_token_id)
-        return start if start is not None and self.tokenizer("a").input_ids[:1] == [start] else None
+        return cast("int | None", self.tokenizer.bos_token_id) if self.tokenizer_writes_bos else None
+
+    @cached_property
+    def tokenizer_writes_bos(self) -> bool:
+        """Whether the tokenizer itself puts BOS before a text, where it is asked for special tokens."""
+        start = self.tokenizer.bos_token_id
+        return start is not None and self.tokenizer("a").input_ids[:1] == [start]
 
     def end_ids(self) -> list[int]:
         """Token ids that end the model's turn."""

@@ -43,7 +43,7 @@ def load_judge(source: str) -> Judge:
     place, colon, name = source.rpartition(":")
     if colon and name and Path(place).expanduser().is_dir():
         return _classifier(Path(place).expanduser(), name)
-    return _of_function(load_function(source, "judge"), source)
+    return _of_function(load_function(source, "judge", "is no folder and names no function", _FORMS), source)
 
 
 def accepted_share(judge: Judge, answers: Sequence[str]) -> float:
@@ -51,21 +51,23 @@ def accepted_share(judge: Judge, answers: Sequence[str]) -> float:
     return sum(judge(answers)) / len(answers)
 
 
-def load_function(source: str, what: str) -> Callable[..., Any]:
+def load_function(
+    source: str, what: str, lacking: str = "names no function", forms: str = "write module:function or file.py:function"
+) -> Callable[..., Any]:
     """The function that ``module:function`` or ``file.py:function`` names; **the module or file is run**.
 
     Args:
         source: the text.
         what: it is to be, for messages.
+        lacking: what is wrong with a text that names none.
+        forms: what may be written.
 
     Raises:
         ReftuneError: there is no such file or function, or it cannot be loaded.
     """
     place, colon, name = source.rpartition(":")
-    forms = _FORMS if what == "judge" else "write module:function or file.py:function"
     if not colon or not place or not name:
-        place = "is no folder and " if what == "judge" and not colon else ""
-        raise ReftuneError(f"{what} {source!r} {place}names no function: {forms}.")
+        raise ReftuneError(f"{what} {source!r} {lacking}: {forms}.")
     try:
         if place.endswith(".py"):
             path = Path(place).expanduser()

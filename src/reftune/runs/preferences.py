@@ -203,8 +203,6 @@ def _encoded(recipe: TrainRecipe, encoding: Encoding, rows: Sequence[tuple[Examp
         ReftuneError: a row without its label, or longer than the model reads.
     """
     tokenizer, found = encoding.tokenizer, []
-    start = str(tokenizer.bos_token or "")
-    adds_start = bool(start) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     for example, row in rows:
         prompt, answers, more = encoding.render(example), {}, {}
         if recipe.objective in REWARDED:
@@ -214,8 +212,8 @@ def _encoded(recipe: TrainRecipe, encoding: Encoding, rows: Sequence[tuple[Examp
         else:
             worse = replace(example, completion=example.rejected or "")
             answers = {"chosen": encoding.turn(example)[1], "rejected": encoding.turn(worse)[1]}
-        if adds_start:  # TRL has the tokenizer write it
-            prompt = prompt.removeprefix(start)
+        if encoding.tokenizer_writes_bos:  # TRL has it do so
+            prompt = prompt.removeprefix(str(tokenizer.bos_token))
         longest = max(len(tokenizer(prompt + text).input_ids) for text in answers.values() or [""])
         longest += recipe.answer_tokens if recipe.objective in REWARDED else 0
         if encoding.limit is not None and longest > encoding.limit:

@@ -95,6 +95,15 @@ DIALS = tuple(KNOWN)
 """Fields that stand for several others."""
 PER_CALL = ("resume", "overwrite", "show", "quiet", *DIALS)
 """Fields that say what one call does, or that others hold when they are read: `run.yaml` leaves them out."""
+COURSE = (
+    "processes", "max_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
+)  # fmt: skip
+"""Fields that say how a run by itself goes on."""
+ALONE = (
+    "resume", "show", "quiet", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
+    "factors", "reward", "answers", "answer_tokens", "beta", *COURSE,
+)  # fmt: skip
+"""Fields of a run by itself, which comparisons and sweeps have otherwise or not at all."""
 OWN_OF_A_USER = ("train_file", "eval_file", "eval_fraction", "limit_rows", "patience", "init_from")
 """Fields of the run that a store's users come from that say nothing of a user who comes later."""
 ADAPTED = (
@@ -531,7 +540,7 @@ class TrainRecipe:
             raise ReftuneError(f"beta={self.beta:g}: must be at least 0 and at most 1,000.")
         if self.batch_size == AUTO:
             raise ReftuneError(f"batch_size='auto' is not possible with {name}: give a number of rows.")
-        rows = int(self.batch_size) * self.gradient_accumulation
+        rows = self.rows_of_a_step
         if self.objective in REWARDED and rows % self.answers:
             raise ReftuneError(
                 f"batch_size={self.batch_size}: a step takes {rows} answers, which must be a multiple of the "

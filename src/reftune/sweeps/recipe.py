@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reftune.errors import ReftuneError
-from reftune.runs.recipe import TrainRecipe
+from reftune.runs.recipe import ALONE, TrainRecipe
 from reftune.runs.recipe_values import (
     also_known_as,
     check_names,
@@ -23,11 +23,7 @@ from reftune.runs.recipe_values import (
 )
 from reftune.sweeps.space import Choices, Range, Space, label_of, read_range
 
-_NOT_IN_A_SWEEP = (
-    "metric", "resume", "show", "quiet", "adapter_column", "share", "bias_lr", "cohort_tokens", "patience", "objective",
-    "factors", "reward", "answers", "answer_tokens", "beta",
-    "processes", "max_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "streaming", "stream_buffer",
-)  # fmt: skip
+_NOT_IN_A_SWEEP = ("metric", *ALONE)
 """Fields of TrainRecipe that a sweep has otherwise or not at all."""
 _NOT_SEARCHED = {
     "task": "every trial must do the same task",

@@ -72,9 +72,7 @@ def adapt_user(
     rows = split_rows(
         _rows_of(recipe, recipe.train_file, user, named),
         eval_fraction=recipe.eval_fraction,
-        eval_rows=_rows_of(recipe, recipe.eval_file, user, "adapter_column" in given(settings))
-        if recipe.eval_file
-        else None,
+        eval_rows=_rows_of(recipe, recipe.eval_file, user, named) if recipe.eval_file else None,
         seed=recipe.seed,
     )
     transformers.set_seed(recipe.seed)
