@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, summarise, write_report
@@ -64,6 +65,32 @@ def test_the_loss_is_that_of_transformers_behind_the_other_prompt(rivals: Compar
         wanted, _, _ = by_hand(place, [{"role": "system", "content": TEXT}], row)
         assert loss == pytest.approx(wanted, rel=1e-5)
     assert len({round(result.loss, 6) for result in rivals.results}) == 4
+
+
+def test_a_judge_is_asked_of_every_methods_answers(
+    rivals: Comparison, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "rules.py").write_text("def even(answer):\n    return len(answer) % 2 == 0\n")
+    monkeypatch.chdir(place)
+    judged = resolve_comparison(rivals.recipe.folder, {"judge": "rules.py:even"})  # another judge runs nothing again
+    assert yaml.safe_load(judged.to_yaml())["judge"] == f"{place / 'rules.py'}:even"
+    found = run_comparison(judged, report_only=True)
+    summaries = {item.name: item for item in summarise(found)}
+    for name, item in summaries.items():
+        of_seeds = [[len(answer) % 2 == 0 for answer in result.answers] for result in rivals.of(name)]
+        assert item.accepted == pytest.approx(sum(map(sum, of_seeds)) / sum(map(len, of_seeds)))
+    assert {item.accepted for item in summarise(rivals)} == {None}
+    _, text = write_report(found)
+    assert "Accepted" in text.read_text()
+
+
+def test_a_judge_that_cannot_be_asked_stops_a_comparison_before_it_begins(written: Written, tmp_path: Path) -> None:
+    recipe = resolve_comparison(written(tmp_path / "out", RIVALS, judge="nowhere.py:good"))
+    with pytest.raises(ReftuneError, match=r"there is no file nowhere.py"):
+        run_comparison(recipe, own_processes=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ReftuneError, match=r"nothing is answered.*leave generate out"):
+        resolve_comparison(written(tmp_path / "out", RIVALS, judge="rules.py:good", generate=0))
 
 
 def test_the_supervised_tokens_are_those_of_the_base(rivals: Comparison, place: Path) -> None:

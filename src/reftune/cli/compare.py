@@ -53,6 +53,13 @@ def compare(
         str | None,
         typer.Option(metavar="K", help="Also judge it behind so many rows of training (the method 'few-shot')."),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JUDGE",
+            help="Share of greedy answers that this accepts: module:function, file.py:function, FOLDER:CLASS.",
+        ),
+    ] = None,
     side_effects: Annotated[
         bool,
         typer.Option(
@@ -84,7 +91,7 @@ def compare(
         "few-shot": None if few_shot is None else {"method": "few-shot", "examples": few_shot},
     }
     more = {name: keys for name, keys in given.items() if keys is not None}
-    asked = {"seeds": numbers, "side_effects": side_effects or None, "refusal_file": refusal_file}
+    asked = {"seeds": numbers, "side_effects": side_effects or None, "refusal_file": refusal_file, "judge": judge}
     resolved = resolve_comparison(recipe, {**flags, **asked}, more=more)
     comparison = run_comparison(
         resolved,

@@ -18,6 +18,7 @@ from reftune.data.formats import Example
 from reftune.data.persona import neutral_rows
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
+from reftune.evaluation.judging import load_judge
 from reftune.evaluation.options import read_option_rows
 from reftune.evaluation.side_effects import read_refusal_rows, refusal_prompts
 from reftune.inference.loading import within_context
@@ -69,6 +70,8 @@ def check_comparison(recipe: CompareRecipe) -> Checked:
         adapted = attach_method(method, copy.deepcopy(skeleton), tokenizer)
         parameters[method.name] = sum(p.numel() for p in adapted.model.parameters() if p.requires_grad)
     _check_options(recipe)
+    if recipe.judge is not None:
+        load_judge(recipe.judge)
     return Checked(train, held_out, data_digest(train, held_out), parameters)
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from reftune.comparison.methods import Method, read_method
 from reftune.errors import ReftuneError
+from reftune.evaluation.judging import full_source
 from reftune.runs.known_settings import AUTO
 from reftune.runs.recipe import ALONE, DIALS, TrainRecipe, adapter_keys
 from reftune.runs.recipe_values import also_known_as, check_names, merged, read_number, read_yaml, told_at
@@ -30,6 +31,7 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "refusal_file": ("refusals",),
     "neutral_file": (),
     "reference": ("baseline",),
+    "judge": (),
     "judge_by": (),
     "title": ("name",),
 }
@@ -52,6 +54,7 @@ class CompareRecipe:
         refusal_file: prompts labelled harmless or harmful, for shares of refusals.
         neutral_file: prompts with plain answers, for forgetting and divergence; those of the package where None.
         reference: the method that the others are tested against.
+        judge: accepts answers or does not (see `evaluation.judging`); None: nobody is asked.
         judge_by: `final` (loss after the last epoch) or `best` (of the epochs).
         title: of the report.
         given: the recipe as it was written, for `comparison.yaml`.
@@ -67,6 +70,7 @@ class CompareRecipe:
     refusal_file: str | None
     neutral_file: str | None
     reference: str
+    judge: str | None
     judge_by: str
     title: str
     given: Mapping[str, Any]
@@ -108,6 +112,8 @@ class CompareRecipe:
         for name in FILES:
             if path := getattr(self, name):
                 values[name] = str(Path(path).expanduser().resolve())
+        if self.judge:
+            values["judge"] = full_source(self.judge)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -167,6 +173,7 @@ def _checked(values: dict[str, Any]) -> CompareRecipe:
     judged = values.get("judge_by", "final")
     files = {name: None if values.get(name) is None else str(values[name]) for name in FILES}
     side_effects = values.get("side_effects", False)
+    judge = None if values.get("judge") is None else str(values["judge"])
     if judged not in JUDGED_BY:
         raise ReftuneError(f"judge_by={judged!r}: choose {' or '.join(JUDGED_BY)}.")
     for name, path in files.items():
@@ -174,15 +181,18 @@ def _checked(values: dict[str, Any]) -> CompareRecipe:
             raise ReftuneError(f"{name}={path!r}: there is no such file.")
     if not isinstance(side_effects, bool):
         raise ReftuneError(f"side_effects={side_effects!r}: write true or false.")
+    if judge is not None and not _generate(values.get("generate", True)):
+        raise ReftuneError(f"judge={judge!r}: nothing is answered, so nothing is judged; leave generate out.")
     return CompareRecipe(
         shared=recipe,
         methods=tuple(methods),
         seeds=_seeds(values.get("seeds", [0])),
-        generate=_generate(values.get("generate")),
+        generate=_generate(values.get("generate", judge is not None)),
         max_new_tokens=read_number("max_new_tokens", values.get("max_new_tokens", 64), whole=True, least=1),
         side_effects=side_effects or files["refusal_file"] is not None or files["neutral_file"] is not None,
         **files,
         reference=_reference(values.get("reference"), methods),
+        judge=judge,
         judge_by=judged,
         title=str(values.get("title") or "Comparison of methods"),
         given=values,

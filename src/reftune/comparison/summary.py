@@ -13,6 +13,7 @@ from reftune.comparison.methods import Method
 from reftune.comparison.results import RunResult
 from reftune.comparison.runner import Comparison
 from reftune.evaluation.intervals import Interval, PairedDifference, bootstrap_interval, paired_test
+from reftune.evaluation.judging import Judge, accepted_share, load_judge
 
 SIGNIFICANT = 0.05
 
@@ -30,6 +31,7 @@ class MethodSummary:
         best_loss: mean over seeds of the best epoch's.
         difference: loss less the reference's, paired by rows; None for the reference itself.
         exact_match: mean share; None where nothing was generated.
+        accepted: mean share of answers that the judge accepts; None without one.
         options: mean accuracy by norm (`acc`, `acc_norm`); empty without options.
         side_effects: figures of `evaluation.side_effects`, mean over seeds; empty where they were not measured.
         options_interval: of `acc`, 95%, over option rows.
@@ -49,6 +51,7 @@ class MethodSummary:
     best_loss: float
     difference: PairedDifference | None
     exact_match: float | None
+    accepted: float | None
     options: dict[str, float]
     options_interval: Interval | None
     side_effects: dict[str, float]
@@ -89,6 +92,7 @@ def summarise(comparison: Comparison) -> list[MethodSummary]:
     recipe = comparison.recipe
     reference = comparison.of(recipe.reference)
     theirs = _row_shares(reference, recipe.judge_by) if reference else None
+    judge = None if recipe.judge is None else load_judge(recipe.judge)
     found: list[MethodSummary] = []
     for method in recipe.methods:
         results = comparison.of(method.name)
@@ -97,7 +101,7 @@ def summarise(comparison: Comparison) -> list[MethodSummary]:
         difference = None
         if theirs is not None and method.name != recipe.reference:
             difference = paired_test(_row_shares(results, recipe.judge_by), theirs)
-        found.append(_summary(method, results, recipe.judge_by, difference))
+        found.append(_summary(method, results, recipe.judge_by, difference, judge))
     trained = [item for item in found if item.method.trains]
     on = {
         axis: _frontier(items, lambda item, axis=axis: float(getattr(item, axis)))
@@ -109,7 +113,11 @@ def summarise(comparison: Comparison) -> list[MethodSummary]:
 
 
 def _summary(
-    method: Method, results: list[RunResult], judge_by: str, difference: PairedDifference | None
+    method: Method,
+    results: list[RunResult],
+    judge_by: str,
+    difference: PairedDifference | None,
+    judge: Judge | None,
 ) -> MethodSummary:
     losses = [result.judged_loss(judge_by) for result in results]
     tokens = np.array(results[0].row_tokens)
@@ -133,6 +141,7 @@ def _summary(
         best_loss=_average([result.best_loss for result in results]),
         difference=difference,
         exact_match=_average(matches) if matches else None,
+        accepted=_average([accepted_share(judge, result.answers) for result in results]) if judge else None,
         options={norm: float(values.mean()) for norm, values in right.items()},
         side_effects={
             name: _average([result.side_effects[name] for result in results]) for name in results[0].side_effects

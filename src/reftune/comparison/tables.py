@@ -50,6 +50,8 @@ def result_columns(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) ->
     )  # fmt: skip
     if any(item.exact_match is not None for item in summaries):
         columns.append(_plain("Exact match", "of answers", [_share(item.exact_match) for item in summaries]))
+    if recipe.judge is not None:
+        columns.append(_plain("Accepted", "of answers, by the judge", [_share(item.accepted) for item in summaries]))
     for norm, unit in (("acc", "sum of log-likelihoods"), ("acc_norm", "a byte")):
         if any(item.options for item in summaries):
             notes = [
@@ -160,6 +162,7 @@ def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[
         "test) speak of other rows from the same source, not of other seeds.",
         "Learning rates are as the recipe sets them: a method whose rate was not searched may do better with another.",
         *_prompt_lines(recipe),
+        *([f"Accepted: the share of greedy answers that {recipe.judge} accepts."] if recipe.judge else []),
         *_side_effect_lines(recipe),
         "Seconds are of training alone; loading, evaluation and saving are not counted. What prefix reuse spares is in "
         "them, and its first computation too.",

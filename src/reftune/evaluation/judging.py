@@ -46,6 +46,15 @@ def load_judge(source: str) -> Judge:
     return _of_function(load_function(source, "judge", "is no folder and names no function", _FORMS), source)
 
 
+def full_source(source: str) -> str:
+    """The same judge from any folder: a folder or file that is there, by its full path."""
+    place, colon, name = source.rpartition(":")
+    for path, rest in ((source, ""), (place, colon + name)):
+        if path and (found := Path(path).expanduser()).exists():
+            return f"{found.resolve()}{rest}"
+    return source
+
+
 def accepted_share(judge: Judge, answers: Sequence[str]) -> float:
     """The share of answers that a judge accepts."""
     return sum(judge(answers)) / len(answers)
