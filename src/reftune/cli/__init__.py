@@ -2,7 +2,7 @@
 
 `app.py` turns errors into a message and an exit status, `flags.py` makes options of a dataclass's fields,
 `common_options.py` has the options that commands share, `results.py` the tables that several print; every other file
-is one command, imported when it is called.
+is one command (`sign.py` two), imported when it is called.
 """
 
 from reftune.cli.app import Command, Commands, app, main
@@ -23,6 +23,8 @@ Commands.registered = (
     Command("store", "store", "store"),
     Command("adapt", "adapt", "adapt"),
     Command("info", "info", "info"),
+    Command("sign", "sign", "sign"),
+    Command("verify", "sign", "verify"),
     Command("env", "env", "env"),
     Command("import-pyreft", "import_pyreft", "import_pyreft"),
     Command("lm-eval", "lm_eval", "lm_eval", {"ignore_unknown_options": True, "help_option_names": []}),

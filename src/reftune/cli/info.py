@@ -26,8 +26,10 @@ def info(
 ) -> None:
     """What an adapter edits: layers by positions, norms, parameters. Loads no base model."""
     from reftune.adapter.info import read_adapter_info
+    from reftune.adapter.signing import signature_state
 
-    if is_store(folder.expanduser()):
+    folder = folder.expanduser()
+    if is_store(folder):
         from reftune.cli.store import summary
         from reftune.users.store import UserStore
 
@@ -44,6 +46,7 @@ def info(
     facts.add_row("positions", found.positions.text)
     facts.add_row("parameters", f"{found.parameters:,} in {len(found.edits)} edit{'s' if len(found.edits) > 1 else ''}")
     facts.add_row("file", f"{found.file_bytes:,} bytes")
+    facts.add_row("signature", Text(terminal.visible(signature_state(folder))))
     console.print(facts, highlight=False)
     console.print(_map(found))
     if all(edit.linear_norm is not None for edit in found.edits):

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from reftune.adapter.signing import signature_state
 from reftune.errors import ReftuneError
 from reftune.output import terminal
 
@@ -91,4 +92,5 @@ def summary(found: UserStore) -> Table:
     facts.add_row("positions", settings["positions"])
     facts.add_row("users", f"{len(found):,}, {found.user_bytes:,} bytes each")
     facts.add_row("shared part", f"{found.shared_bytes:,} bytes" if found.shared_bytes else "none")
+    facts.add_row("signature", Text(terminal.visible(signature_state(found.path))))
     return facts
