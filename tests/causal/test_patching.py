@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import networkx as nx
 import pytest
 import torch
@@ -144,6 +147,23 @@ def test_tracing_blurs_the_same_in_every_cell():
     found = trace(model, inputs, [5, 9], [1, 2], samples=3, component="block_input", layers=[0], positions=[[1, 2], 4])
     assert float(found.heat_map.values[0, 0]) == pytest.approx(found.clean, rel=1e-4)
     assert float(found.heat_map.values[0, 1]) == pytest.approx(found.corrupted, rel=1e-4)
+
+
+def test_a_text_where_token_ids_belong_is_one_clear_error():
+    """In a process of its own, without the type checks of these tests, as a user meets it."""
+    code = """
+from reftune import ReftuneError, causal
+for call in (lambda: causal.patch(None, "a", "b", None), lambda: causal.read(None, "a"),
+             lambda: causal.logit_difference("Paris", "Rome"), lambda: causal.probability(["Paris"])):
+    try:
+        call()
+    except ReftuneError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run, read, difference, probability = done.stdout.splitlines()
+    assert run == read and "inputs='a': give what the model's forward takes, such as tokenizer(text" in run
+    assert "answer='Paris': give token ids" in difference and "answer=['Paris']: give token ids" in probability
 
 
 def test_pictures_are_drawn(tmp_path):

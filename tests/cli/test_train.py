@@ -9,6 +9,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from reftune.models import public_name
+
 
 def test_the_output_folder_holds_what_was_promised(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
@@ -26,11 +28,26 @@ def test_the_output_folder_holds_what_was_promised(trained: Path) -> None:
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_card_begins_with_the_import_that_peft_needs(trained: Path) -> None:
-    card = (trained / "README.md").read_text()
-    first_code = card.split("```python\n")[1]
-    assert first_code.startswith("import reftune\n")
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+def test_the_card_s_code_answers_its_prompt(trained: Path, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, front, text = (trained / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "peft"
+    assert text.startswith("\n# A ReFT adapter of tiny\n")
+    code, shown = text.split("```python\n")[1].split("```")[0], text.split("```text\n")[1].split("\n```")[0]
+    assert code.startswith("import reftune\n")
+    exec(code.replace("this-folder", str(trained)), {})
+    assert capsys.readouterr().out.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("org/model", "org/model"),
+        (str(Path(__file__)), "test_train.py"),
+    ],
+)
+def test_a_card_names_the_base_as_the_hub_does(name: str, shown: str) -> None:
+    assert public_name(name) == shown
 
 
 def test_run_yaml_trains_the_same_adapter_again(trained: Path, cli, tmp_path: Path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reftune.comparison import Comparison, resolve_comparison, run_comparison, summarise, write_report
-from reftune.comparison.tables import factor_text, size_text
+from reftune.comparison.tables import factor_text, size_text, verdict
 from reftune.errors import ReftuneError
 
 
@@ -117,6 +117,31 @@ def test_a_difference_is_judged_against_the_reference(compared: Comparison) -> N
     assert "parameters" in cheapest.frontier and "parameters" in best.frontier
     beaten = [item for item in found.values() if item.parameters > best.parameters]
     assert all("parameters" not in item.frontier for item in beaten)
+
+
+@pytest.mark.parametrize(
+    ("rows", "seeds", "said"),
+    [
+        (
+            4,
+            1,
+            "No verdict against LoRA: too few rows, one seed; it takes 20 held-out rows and 3 seeds: LoReFT l1 (loss",
+        ),
+        (4, 3, "No verdict against LoRA: too few rows; it takes"),
+        (20, 2, "No verdict against LoRA: 2 seeds; it takes"),
+        (20, 3, "Better than LoRA: LoReFT l1 (by "),
+    ],
+)
+def test_better_is_said_from_enough_rows_and_seeds(compared: Comparison, rows: int, seeds: int, said: str) -> None:
+    method, reference = (compared.of(name)[0] for name in ("LoReFT l1", "LoRA"))
+    times = rows // len(reference.row_tokens)
+    losses = reference.row_losses * times
+    reference = replace(reference, row_losses=losses, row_tokens=reference.row_tokens * times)
+    method = replace(method, row_losses=[loss - 1 for loss in losses], row_tokens=reference.row_tokens)
+    runs = tuple(replace(run, seed=seed) for run in (method, reference) for seed in range(seeds))
+    found = replace(compared, results=runs)
+    sentences = verdict(found.recipe, summarise(found))
+    assert len(sentences) == 2 and sentences[1].startswith(said)
 
 
 def test_a_report_says_which_runs_are_missing(

@@ -3,7 +3,8 @@
 A linear edit is h + (hA + b)B. The singular value decomposition AB = U S V^T orders it: along each column of U it
 reads the state, and writes what it finds, times S, along the row of V^T; bB is what it writes whatever it reads. A
 direction is put in
-words by the unembedding: the tokens whose logits it would raise most.
+words by the unembedding: the tokens whose logits it would raise most. Early layers are far from the unembedding, and
+such words say little there (Belrose et al., arXiv:2303.08112).
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from reftune.data.tokenising import Encoding
 from reftune.edits import Edit
 from reftune.engine.attach import Attachment
 from reftune.engine.hooks import Engine
 from reftune.engine.intervention import Intervention
 from reftune.errors import ReftuneError
+
+Likeliest: TypeAlias = "list[tuple[str, float]]"
+
+_PROMPTS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class SiteExplanation:
         path: the block (``:suffix``: the second edit of an untied pair).
         layer: its number.
         component: where in it.
+        early: in the lower half of the layers, where the words are unreliable.
         directions: strongest first; none where the edit is not linear.
         constant: what is written whatever is read.
         change: length of the change relative to the state's, by the token's place in the prompt (from the end, -1 the
@@ -58,6 +66,7 @@ class SiteExplanation:
     path: str
     layer: int | None
     component: str
+    early: bool
     directions: list[Direction]
     constant: Direction | None
     change: dict[int, float]
@@ -71,19 +80,26 @@ class Explanation:
     Attributes:
         sites: the edits.
         effect: how far the adapter as a whole moves the next-token distribution (KL divergence in nats).
+        next_tokens: for each prompt the likeliest next tokens and their probabilities, without the adapter and with it.
     """
 
     sites: list[SiteExplanation]
     effect: float
+    next_tokens: list[tuple[Likeliest, Likeliest]]
 
     def text(self, directions: int = 3) -> str:
         """The explanation in lines of text."""
         lines = [f"the adapter moves the next-token distribution by {self.effect:.3f} nats (KL divergence)"]
+        for number, sides in enumerate(self.next_tokens[:_PROMPTS_SHOWN], start=1):
+            before, after = (", ".join(f"{token!r} {share:.0%}" for token, share in side) for side in sides)
+            lines.append(f"prompt {number}, next token: without it {before}; with it {after}")
         for site in self.sites:
             change = ", ".join(f"{place}: {value:.0%}" for place, value in sorted(site.change.items()))
             lines.append(
                 f"{site.path} ({site.component}): without it {site.removal:.3f} nats; change by position {change}"
             )
+            if site.early and site.constant is not None:
+                lines.append("  an early layer: these words are unreliable, the figures above are not")
             if site.constant is not None and site.constant.strength > 0:
                 lines.append(f"  always writes {_words(site.constant.writes)}, length {site.constant.strength:.2f}")
             for direction in site.directions[:directions]:
@@ -94,28 +110,32 @@ class Explanation:
 
 @torch.no_grad()
 def explain(
-    adapted: Any, tokenizer: Any, prompts: Sequence[str], *, adapter_name: str | None = None, words: int = 5
+    adapted: Any, tokenizer: Any, prompts: Any, *, adapter_name: str | None = None, words: int = 5
 ) -> Explanation:
     """Explain an adapter on some prompts.
 
     Args:
         adapted: a PEFT model with a ReFT adapter, or what ``reftune.attach`` returned.
-        tokenizer: of the base model.
-        prompts: what it is run on, one by one.
+        tokenizer: of the base model: prompts go through its chat template where it has one, as in training. Or how
+            prompts became tokens in training, the ``encoding`` of ``reftune.inference.loading.load_edited(folder)``;
+            ``Encoding(tokenizer, template="%s")`` takes texts as they are.
+        prompts: a list of texts, conversations or examples, run one by one.
         adapter_name: which adapter; None: the one that is active.
-        words: how many tokens put a direction in words.
+        words: how many tokens put a direction, and a next token, in words.
 
     Raises:
-        ReftuneError: no adapter, or no prompts.
+        ReftuneError: no adapter, no prompts, or arguments in another order.
     """
     engine, name = _engine_of(adapted, adapter_name)
-    if not prompts:
-        raise ReftuneError("prompts=[]: an adapter is explained on at least one prompt")
     model = engine.model
+    encoding = _encoding(tokenizer)
+    rows, tokenizer = encoding.prompt_ids(_listed(prompts)), encoding.tokenizer
     was_training = model.training
     model.eval()
     try:
-        batches = [tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device) for prompt in prompts]
+        device = next(model.parameters()).device
+        ids = [torch.tensor([row], device=device) for row in rows]
+        batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
         found = [
             (path, intervention, part, edit)
             for path, intervention in engine.interventions.items()
@@ -128,12 +148,40 @@ def explain(
         for (path, intervention, part, edit), change in zip(found, changes, strict=True):
             site = intervention.placements[name].site
             directions, constant = _directions(model, tokenizer, edit, words)
+            early = site.stack is not None and 2 * (site.layer or 0) < len(site.stack.block_paths)
             removal = _divergence(with_all, _without(model, batches, [(intervention, name)]))
             label = f"{path}:suffix" if part == "suffix" else path
-            sites.append(SiteExplanation(label, site.layer, site.component, directions, constant, change, removal))
-        return Explanation(sites, _divergence(with_all, without))
+            sites.append(
+                SiteExplanation(label, site.layer, site.component, early, directions, constant, change, removal)
+            )
+        both = [[_likeliest(tokenizer, logs, words) for logs in side] for side in (without, with_all)]
+        return Explanation(sites, _divergence(with_all, without), list(zip(*both, strict=True)))
     finally:
         model.train(was_training)
+
+
+def _encoding(tokenizer: Any) -> Encoding:
+    if isinstance(tokenizer, Encoding):
+        return tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ReftuneError(
+            f"explain(adapted, tokenizer, prompts): the second argument is a {type(tokenizer).__name__}; give the base "
+            "model's tokenizer there, or an Encoding"
+        )
+    return Encoding(tokenizer, None if tokenizer.chat_template else "%s")
+
+
+def _listed(prompts: Any) -> Sequence[Any]:
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        raise ReftuneError(f"prompts is a {type(prompts).__name__}: give a list, such as ['Who are you?']")
+    if not prompts:
+        raise ReftuneError("prompts=[]: an adapter is explained on at least one prompt")
+    return prompts
+
+
+def _likeliest(tokenizer: Any, logs: Float[Tensor, " vocabulary"], count: int) -> Likeliest:
+    shares, tokens = logs.exp().topk(count)
+    return [(tokenizer.decode([token]), share) for token, share in zip(tokens.tolist(), shares.tolist(), strict=True)]
 
 
 def _engine_of(adapted: Any, adapter_name: str | None) -> tuple[Engine, str]:

@@ -38,6 +38,14 @@ class Run:
     inputs: Inputs
     interventions: tuple[Intervention, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what no network reads."""
+        if not isinstance(self.inputs, Mapping | Tensor):
+            raise ReftuneError(
+                f"inputs={self.inputs!r}: give what the model's forward takes, such as tokenizer(text, "
+                "return_tensors='pt'), or a tensor"
+            )
+
     @staticmethod
     def of(what: Run | Inputs) -> Run:
         """A run as it is; inputs as a run without interventions."""

@@ -99,8 +99,10 @@ def layers_of(model: nn.Module, component: str, layers: Layers = "all") -> list[
     try:
         return [site.layer for site in find_sites(model, component, layers)]
     except ReftuneError:
-        head, found, _ = component.partition(".{layer}")
-        blocks = dict(model.named_modules()).get(head)
+        head, found, _ = component.partition("{layer}")
+        if not found and Location(component)._plain_site(model) is not None:
+            return [None]
+        blocks = dict(model.named_modules()).get(head.removesuffix("."))
         if not found or not isinstance(blocks, nn.ModuleList | nn.Sequential) or find_stacks(model):
             raise
         return list(resolve_layers(layers, len(blocks)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from reftune.causal.heat_map import HeatMap
@@ -129,7 +131,7 @@ def _measured(
 
 def logit_difference(answer: Tensor | Sequence[int], other: Tensor | Sequence[int], position: int = -1) -> Metric:
     """Logit of each row's answer minus that of another answer, at one column of the logits (the last, by default)."""
-    right, wrong = torch.as_tensor(answer), torch.as_tensor(other)
+    right, wrong = _token_ids("answer", answer), _token_ids("other", other)
 
     def metric(logits: Tensor) -> Tensor:
         last = _scores(logits, position)
@@ -141,13 +143,22 @@ def logit_difference(answer: Tensor | Sequence[int], other: Tensor | Sequence[in
 
 def probability(answer: Tensor | Sequence[int], position: int = -1) -> Metric:
     """Probability of each row's answer at one column of the logits (the last, by default)."""
-    right = torch.as_tensor(answer)
+    right = _token_ids("answer", answer)
 
     def metric(logits: Tensor) -> Tensor:
         last = _scores(logits, position)
         return last.softmax(-1)[torch.arange(len(last), device=last.device), right.to(last.device)]
 
     return metric
+
+
+def _token_ids(name: str, given: Any) -> Int[Tensor, " batch"]:
+    try:
+        return torch.as_tensor(given, dtype=torch.long)
+    except (TypeError, ValueError):
+        raise ReftuneError(
+            f"{name}={given!r}: give token ids, one for each row, such as tokenizer(' Paris').input_ids[:1]"
+        ) from None
 
 
 def _scores(logits: Tensor, position: int) -> Tensor:

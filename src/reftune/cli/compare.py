@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.measure import Measurement
 from rich.table import Table
 
 from reftune.cli.flags import with_flags
@@ -14,6 +16,10 @@ from reftune.errors import ReftuneError
 from reftune.output import terminal
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.recipe_values import typed_fields
+
+if TYPE_CHECKING:
+    from reftune.comparison.summary import MethodSummary
+    from reftune.comparison.tables import Column
 
 _IN_PLACE_OF_THE_RECIPE_S = (
     "train_file", "eval_file", "eval_fraction", "limit_rows", "model", "epochs", "output",
@@ -103,22 +109,32 @@ def compare(
     )
     page, text = write_report(comparison)
     summaries = summarise(comparison)
-    table = Table(title=resolved.title, title_justify="left")
-    table.add_column("method")
     columns = result_columns(resolved, summaries)
-    for column in columns:
-        table.add_column(f"{column.heading}\n({column.unit})", justify="right")
-    for index, item in enumerate(summaries):
-        cells = [f"{c.cells[index]}\n{c.notes[index]}".strip() for c in columns]
-        table.add_row(item.name, *cells, end_section=True)
     console = terminal.console()
+    tables = [_table(resolved.title, summaries, columns[:count]) for count in range(1, len(columns) + 1)]
+    unbounded = console.options.update(width=10_000)
+    fitting = [table for table in tables if Measurement.get(console, unbounded, table).maximum <= console.width]
+    table = max(fitting, key=lambda table: len(table.columns), default=tables[0])
     console.print(table)
+    if left_out := [column.heading for column in columns[len(table.columns) - 1 :]]:
+        console.print(f"In the report, for want of room here: {', '.join(left_out)}", soft_wrap=True, highlight=False)
     console.print(f"Report: {page} (and {text.name})", soft_wrap=True, highlight=False, markup=False)
     if show:
         webbrowser.open(page.resolve().as_uri())
     if comparison.failed:
         lines = [f"{run}: {why}" for run, why in comparison.failed.items()]
         raise ReftuneError("Some runs failed; the report leaves them out.\n  " + "\n  ".join(lines))
+
+
+def _table(title: str, summaries: Sequence[MethodSummary], columns: Sequence[Column]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for column in columns:
+        table.add_column(f"{column.heading}\n({column.unit})", justify="right")
+    for index, item in enumerate(summaries):
+        cells = [f"{c.cells[index]}\n{c.notes[index]}".strip() for c in columns]
+        table.add_row(item.name, *cells, end_section=True)
+    return table
 
 
 with_flags(compare, [item for item in typed_fields(TrainRecipe) if item[0].name in _IN_PLACE_OF_THE_RECIPE_S])

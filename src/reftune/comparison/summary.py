@@ -16,6 +16,8 @@ from reftune.evaluation.intervals import Interval, PairedDifference, bootstrap_i
 from reftune.evaluation.judging import Judge, accepted_share, load_judge
 
 SIGNIFICANT = 0.05
+LEAST_ROWS, LEAST_SEEDS = 20, 3
+"""Held-out rows and seeds without which no method is called better or worse than another, whatever the p value."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,18 @@ def summarise(comparison: Comparison) -> list[MethodSummary]:
     return [
         replace(item, frontier=frozenset(axis for axis, names in on.items() if item.name in names)) for item in found
     ]
+
+
+def shortage(item: MethodSummary, reference: MethodSummary) -> str:
+    """What two methods have too little of for a verdict, in words; empty where there is enough.
+
+    Rows first: the p value of six rows can be 0.03 by the luck of one. The seeds are the fewer of the two methods';
+    a method that no seed changes needs one.
+    """
+    rows = len(reference.results[0].row_tokens)
+    seeds = min((len(each.results) for each in (item, reference) if each.method.seeded), default=LEAST_SEEDS)
+    few_seeds = "one seed" if seeds == 1 else f"{seeds} seeds"
+    return ", ".join(["too few rows"] * (rows < LEAST_ROWS) + [few_seeds] * (seeds < LEAST_SEEDS))
 
 
 def _summary(

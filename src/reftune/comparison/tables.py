@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reftune.comparison.recipe import CompareRecipe
-from reftune.comparison.summary import SIGNIFICANT, MethodSummary
+from reftune.comparison.summary import LEAST_ROWS, LEAST_SEEDS, SIGNIFICANT, MethodSummary, shortage
 from reftune.evaluation.side_effects import SHOWN
 
 
@@ -25,6 +25,7 @@ def result_columns(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) ->
     """Quality and cost of each method."""
     losses = [item.loss for item in summaries]
     several = any(len(item.results) > 1 for item in summaries)
+    reference = next((item for item in summaries if item.name == recipe.reference), None)
     columns = [
         Column(
             "Held-out loss", "nats a token",
@@ -45,7 +46,7 @@ def result_columns(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) ->
         Column(
             f"Against {recipe.reference}", "difference in loss",
             [_difference(item) for item in summaries],
-            [_sureness(item) for item in summaries],
+            [_sureness(item, reference) for item in summaries],
         )
     )  # fmt: skip
     if any(item.exact_match is not None for item in summaries):
@@ -97,21 +98,26 @@ def verdict(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[s
     reference = next((item for item in summaries if item.name == recipe.reference), None)
     if reference is None:
         return sentences
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "like": []}
+    better, like, worse = (
+        f"Better than {reference.name}",
+        f"Not told apart from {reference.name} on these rows",
+        f"Worse than {reference.name}",
+    )
+    groups: dict[str, list[str]] = {better: [], like: [], worse: []}
     for item in rivals:
-        if item.difference is not None:
-            mean, sure = item.difference.mean, item.difference.p_value < SIGNIFICANT
-            group = "like" if not sure else "better" if mean < 0 else "worse"
-            by = f"by {abs(mean):.3f}, " if sure else ""
-            groups[group].append(f"{item.name} ({by}{_parameters(item, reference)}{_times(item, reference)})")
-    for group, words in (
-        ("better", f"Better than {reference.name}"),
-        ("like", f"Not told apart from {reference.name} on these rows"),
-        ("worse", f"Worse than {reference.name}"),
-    ):
-        if groups[group]:
-            sentences.append(f"{words}: {'; '.join(groups[group])}.")
-    return sentences
+        if item.difference is None:
+            continue
+        mean, sure = item.difference.mean, item.difference.p_value < SIGNIFICANT
+        by = f"by {abs(mean):.3f}, " if sure else ""
+        group = like if not sure else better if mean < 0 else worse
+        if few := shortage(item, reference):
+            by = f"loss {abs(mean):.3f} {'lower' if mean < 0 else 'higher'}, "
+            wanted = f"it takes {LEAST_ROWS} held-out rows and {LEAST_SEEDS} seeds"
+            group = f"No verdict against {reference.name}: {few}; {wanted}"
+        groups.setdefault(group, []).append(
+            f"{item.name} ({by}{_parameters(item, reference)}{_times(item, reference)})"
+        )
+    return [*sentences, *(f"{words}: {'; '.join(items)}." for words, items in groups.items() if items)]
 
 
 def _parameters(item: MethodSummary, reference: MethodSummary) -> str:
@@ -135,7 +141,10 @@ def factor_text(ratio: float) -> str:
 def _times(item: MethodSummary, reference: MethodSummary) -> str:
     if not item.seconds or not reference.seconds:
         return ""
-    return f", {item.seconds / reference.seconds:.2f} of the time"
+    ratio = item.seconds / reference.seconds
+    if 0.95 < ratio < 1.05:
+        return ", as long"
+    return f", {ratio:.2f} of the time" if ratio < 1 else f", {factor_text(ratio)} times as long"
 
 
 def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[str]:
@@ -146,11 +155,12 @@ def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[
         orders.setdefault(result.seed, set()).add(result.order)
     same = all(len(found) == 1 for found in orders.values())
     rows = len(summaries[0].results[0].row_tokens)
+    epochs = f"{recipe.shared.epochs:g} epoch{'s' * (recipe.shared.epochs != 1)}"
     lines = [
         f"Data: {recipe.shared.train_file}; {rows} held-out rows, the same for every run, "
         f"{sum(summaries[0].results[0].row_tokens):,} supervised tokens.",
-        f"Budget: {recipe.shared.epochs:g} epochs of batches of {recipe.shared.batch_size}"
-        f"{_accumulated(recipe)}, {results[0].steps if results else 0:,} optimiser steps, for every method.",
+        f"Budget: {epochs} of batches of {recipe.shared.batch_size}{_accumulated(recipe)}, "
+        f"{results[0].steps if results else 0:,} optimiser steps, for every method.",
         "Order: runs of one seed met the same batches in the same order (their digests are equal)."
         if same
         else "Order: NOT every run of one seed met the same batches in the same order.",
@@ -159,7 +169,8 @@ def fairness(recipe: CompareRecipe, summaries: Sequence[MethodSummary]) -> list[
         f"Judged by the held-out loss {'after the last epoch' if recipe.judge_by == 'final' else 'of the best epoch'}. "
         "The mean is over seeds; the interval is a 95% bootstrap over held-out rows.",
         "Differences are paired by row, on losses averaged over the seeds: their interval and p value (permutation "
-        "test) speak of other rows from the same source, not of other seeds.",
+        "test) speak of other rows from the same source, not of other seeds. A verdict wants "
+        f"{LEAST_ROWS} held-out rows and {LEAST_SEEDS} seeds at least.",
         "Learning rates are as the recipe sets them: a method whose rate was not searched may do better with another.",
         *_prompt_lines(recipe),
         *([f"Accepted: the share of greedy answers that {recipe.judge} accepts."] if recipe.judge else []),
@@ -256,11 +267,11 @@ def _difference(item: MethodSummary) -> str:
     return "–" if item.difference is None else f"{item.difference.mean:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _sureness(item: MethodSummary) -> str:
-    if item.difference is None:
+def _sureness(item: MethodSummary, reference: MethodSummary | None) -> str:
+    if item.difference is None or reference is None:
         return "reference"
-    word = "" if item.difference.p_value < SIGNIFICANT else ", not told apart"
-    return f"p {_p_sign(item.difference.p_value)}{word}"
+    word = "" if item.difference.p_value < SIGNIFICANT else "not told apart"
+    return ", ".join(filter(None, [f"p {_p_sign(item.difference.p_value)}", shortage(item, reference) or word]))
 
 
 def _share(value: float | None) -> str:

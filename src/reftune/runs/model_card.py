@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from reftune.data.templates import render_prompt
+from reftune.data.templates import resolve_template
+from reftune.models import public_name
 from reftune.output.documents import rendered
 from reftune.runs.recipe import TrainRecipe
 
@@ -25,7 +25,7 @@ def model_card(recipe: TrainRecipe, metrics: dict[str, Any], tokenizer: Any) -> 
     classifies = recipe.task == "classification"
     front = {
         "library_name": "peft",
-        "base_model": _public_name(recipe.model),
+        "base_model": public_name(recipe.model),
         "tags": ["reft", "reftune", recipe.method],
         "pipeline_tag": "text-classification" if classifies else "text-generation",
     }
@@ -43,18 +43,14 @@ def model_card(recipe: TrainRecipe, metrics: dict[str, Any], tokenizer: Any) -> 
         "recipe": recipe,
         "metrics": metrics,
         "front": yaml.safe_dump(front, sort_keys=False),
-        "model": _public_name(recipe.model),
-        "rows": _public_name(recipe.train_file),
+        "model": public_name(recipe.model),
+        "rows": public_name(recipe.train_file),
         "layers": ", ".join(map(str, recipe.layers)) if isinstance(recipe.layers, list) else recipe.layers,
         "results": results,
         "labels": labels,
         "outputs": 1 if isinstance(labels, str) else len(labels or ()),
         "example": _EXAMPLE,
-        "prompt": "" if labels else render_prompt(_EXAMPLE, tokenizer, recipe.template, recipe.system_prompt),
+        "prompt": "" if labels else recipe.encoding(tokenizer).render(_EXAMPLE),
+        "special_tokens": resolve_template(tokenizer, recipe.template) is not None,
     }
     return rendered("reftune.runs", "README.md", content)
-
-
-def _public_name(name: str) -> str:
-    """A local path's last part; a Hub name as it is."""
-    return Path(name).name if Path(name).expanduser().exists() else name

@@ -33,7 +33,8 @@ def plan_of(recipe: TrainRecipe, model: Any, train_set: Any, eval_set: Any) -> s
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     held += int(recipe.batch_size) * max(lengths) * bytes_of_a_token(base)
     learnt = f", {learnt_tokens(train_set):,} of them learnt" if recipe.task == "completion" else ""
-    course = f"{recipe.epochs:g} epochs of {steps:,}" if recipe.max_steps is None else f"{recipe.max_steps:,}"
+    epochs = f"{recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}"
+    course = f"{epochs} of {steps:,}" if recipe.max_steps is None else f"{recipe.max_steps:,}"
     passes = f" in {recipe.gradient_accumulation} passes" if recipe.gradient_accumulation > 1 else ""
     return (
         f"{rows:,} rows, {sum(lengths):,} tokens{learnt}; {0 if eval_set is None else len(eval_set):,} rows held out\n"

@@ -7,6 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from reftune.models import public_name
 from reftune.output.documents import markdown_table
 from reftune.output.pictures import new_figure, save_figure
 
@@ -130,7 +131,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
 
 def card(found: dict[str, Any], model: str) -> str:
     """The adapter folder's README."""
-    head = f"---\nlibrary_name: peft\nbase_model: {model}\ntags:\n- reft\n- reftune\n- steering\n---\n"
+    head = f"---\nlibrary_name: peft\nbase_model: {public_name(model)}\ntags:\n- reft\n- reftune\n- steering\n---\n"
     table = markdown_table(["", ""], [[name, value] for name, value in lines(found)])
     use = [
         "from peft import PeftModel", "import reftune", "",
