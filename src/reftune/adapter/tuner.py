@@ -321,7 +321,9 @@ class ReftModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Not offered: a merged constant could not be told apart again; use ``merge_and_unload``."""
         raise ReftuneError(
-            "ReFT adapters are not merged in place: use merge_and_unload(), or keep the adapter attached."
+            "ReFT adapters are not merged in place: use merge_and_unload(), or keep the adapter attached. (TRL's "
+            "use_vllm=True asks for it, to write answers from weights alone: leave it out; "
+            "use_transformers_continuous_batching=True writes many at once, edited.)"
         )
 
     def unmerge_adapter(self) -> None:
