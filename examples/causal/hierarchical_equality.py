@@ -32,7 +32,7 @@ NAMES = ["left", "right"]
 
 
 class Network(nn.Module):
-    """Three hidden layers; the causal room needs nothing of a model but module paths."""
+    """Three hidden layers; causal analysis needs nothing of a model but module paths."""
 
     def __init__(self) -> None:
         super().__init__()

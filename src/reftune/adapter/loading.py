@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from reftune import models
 from reftune.adapter.tensors import unchanged_on_error, under
 from reftune.adapter.tuner import REFT, ReftModel
 from reftune.edits.base import Edit
@@ -74,7 +76,10 @@ def save_whole(save: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(self.base_model, ReftModel) and kwargs.get("is_main_process", True):
             for name in kwargs.get("selected_adapters") or list(self.peft_config):
                 _check_whole(self.base_model, name, kwargs.get("state_dict"))
-        return save(self, *args, **kwargs)
+        with warnings.catch_warnings():  # PEFT asks the Hub for the base's vocabulary; there a bundled one has no page
+            bundled = f"({models.BUNDLED}|{models.BUNDLED_ENCODER})"
+            warnings.filterwarnings("ignore", message=f"Could not find a config file in {bundled} ")
+            return save(self, *args, **kwargs)
 
     return save_pretrained
 

@@ -5,7 +5,7 @@ Source: Meng et al., "Locating and Editing Factual Associations in GPT" (arXiv 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Trace:
 
 def trace(
     model: nn.Module,
-    inputs: dict[str, Any],
+    inputs: Mapping[str, Any],
     answer: Tensor | Sequence[int],
     subject: Indices,
     *,

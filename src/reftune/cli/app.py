@@ -7,6 +7,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -37,6 +38,23 @@ NoSuchOption: Any = sys.modules[typer.BadParameter.__module__].NoSuchOption
 logger = logging.getLogger("reftune")
 
 
+class GroupedHelp(TyperCommand):
+    """A command whose help fits 80 columns: no boxes, and the options under the headings of their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups in the order of their first options."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record := parameter.get_help_record(ctx):
+                flag = re.sub(r"^--(\S+) / --no-\1$", r"--[no-]\1", record[0])
+                group = getattr(parameter, "rich_help_panel", None) or kind
+                groups.setdefault(group, []).append((flag, record[1]))
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records, col_max=26)
+
+
 class Command(NamedTuple):
     """A command of the line: its name, the module and function that carry it out, and settings for click."""
 
@@ -56,8 +74,8 @@ class Command(NamedTuple):
     def load(self) -> Any:
         """The click command, made from the function's signature."""
         function = getattr(importlib.import_module(f"{__package__}.{self.module}"), self.function)
-        alone = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
-        alone.command(self.name, context_settings=self.settings)(function)
+        alone = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False)
+        alone.command(self.name, cls=GroupedHelp, context_settings=self.settings)(function)
         return typer.main.get_command(alone)
 
 

@@ -82,7 +82,7 @@ def compare(
 ) -> None:
     """Train several methods on the same rows, order and budget, and write a report that compares them.
 
-    A comparison that was broken off goes on where it stopped; after a change to the recipe, only the runs whose
+    A comparison that was interrupted goes on where it stopped; after a change to the recipe, only the runs whose
     settings changed are run again.
     """
     from reftune.comparison import resolve_comparison, run_comparison, summarise, write_report

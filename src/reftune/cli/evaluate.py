@@ -49,7 +49,7 @@ class EvalOptions:
         "path",
     )  # fmt: skip
     scoring: Literal["generate", "options"] = option(
-        "generate", _TASKS, "Read a generated answer, or take the likeliest option."
+        "generate", _TASKS, "Read a generated answer, or take the most likely option."
     )
     options: Literal["label", "text"] = option(
         "label", _TASKS,
@@ -81,7 +81,7 @@ class EvalOptions:
     chat_template_kwargs: str | None = option(
         None, _BOTH, "Arguments of the chat template, as in enable_thinking=false; default: those of training."
     )
-    greedy: bool = option(False, _TASKS, "Take the likeliest token also where the paper samples.")
+    greedy: bool = option(False, _TASKS, "Take the most likely token also where the paper samples.")
     seed: int = option(0, _TASKS, "Seed of the sampling.")
     limit_rows: int | None = option(None, _BOTH, "Only the first so many rows (of each task).", "rows", least=1)
     batch_size: int = option(8, _BOTH, "Rows of one forward pass.", "rows", least=1)

@@ -31,7 +31,8 @@ def flag_parameter(item: Field[Any], kind: Any, default: Any = MISSING) -> inspe
     is_switch = kind is bool
     declared = [f"{name}/--no-{name[2:]}" if is_switch else name]
     default = item.default if default is MISSING else default
-    shown = ("on" if default else "") if is_switch else default_text(default)
+    told = "default:" in item.metadata["help"]
+    shown = "" if told else ("on" if default else "") if is_switch else default_text(default)
     option = typer.Option(
         *declared,
         help=item.metadata["help"] + (f" (default: {shown})" if shown else ""),
@@ -84,4 +85,7 @@ def _metavar(item: Field[Any], kind: Any) -> str:
     first = _options(kind)[0]
     if typing.get_origin(first) is Literal:
         return "|".join(typing.get_args(first))
-    return item.metadata["unit"].upper().replace(" ", "-") if item.metadata["unit"].isalpha() else "VALUE"
+    unit = item.metadata["unit"].partition(",")[0]
+    if unit and not unit.startswith("per "):
+        return unit.upper().replace(" ", "-")
+    return "NUMBER" if first in (int, float) else "TEXT"

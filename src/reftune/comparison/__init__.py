@@ -24,7 +24,7 @@ From Python:
     summarise(comparison)                            # a MethodSummary a method: means, intervals, paired differences
     write_report(comparison)                         # output/report.html, output/report.md, output/figures/
 
-Each run is `output/runs/<method>/seed<k>/`, with `result.json` written last: a comparison that was broken off goes on,
+Each run is `output/runs/<method>/seed<k>/`, with `result.json` written last: a comparison that was interrupted goes on,
 and after a change to the recipe only the runs whose settings changed are run again. Runs of one seed see the same
 batches in the same order (`RunResult.order` is their digest), and every method is trained with the loss of
 `ReftTrainer`: cross-entropy a supervised token.

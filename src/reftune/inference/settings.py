@@ -15,12 +15,12 @@ class GenerationSettings:
     """How answers are written; validated when made."""
 
     max_new_tokens: int = option(256, WRITING, "Longest answer, in tokens.", "tokens")
-    temperature: float = option(0.0, WRITING, "0 takes the likeliest token each time, above 0 samples.")
-    top_p: float = option(1.0, WRITING, "Sample from the likeliest tokens that make up this share.", "share, 0 to 1")
+    temperature: float = option(0.0, WRITING, "0 takes the most likely token each time, above 0 samples.")
+    top_p: float = option(1.0, WRITING, "Sample from the most likely tokens that make up this share.", "share, 0 to 1")
     repetition_penalty: float = option(1.0, WRITING, "Above 1 makes tokens already written less likely.")
     batch_size: int = option(8, WRITING, "Prompts of one forward pass.", "prompts")
     seed: int = option(0, WRITING, "Seed of the sampling.")
-    top_k: int = option(0, WRITING, "Sample from so many of the likeliest tokens; 0: from all.", "tokens")
+    top_k: int = option(0, WRITING, "Sample from so many of the most likely tokens; 0: from all.", "tokens")
     no_repeat_ngram: int = option(
         0, WRITING, "Write no run of so many tokens twice; 0: as the model's own settings say.", "tokens"
     )

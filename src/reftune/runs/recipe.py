@@ -135,25 +135,6 @@ class TrainRecipe:
     eval_file: str | None = _option(None, "Data", "File of held-out rows; the best checkpoint by their loss is kept.")
     eval_fraction: float = _option(0.0, "Data", "Hold out this share of the training rows.", "share, 0 to 1")
     split: str = _option("train", "Data", "Split of a Hub dataset.")
-    test_file: str | None = _option(
-        None, "Data", "Classification: file of rows to test the best checkpoint on (for MNLI: the mismatched ones)."
-    )
-    split_eval: bool = _option(
-        False, "Data", "Classification: part of the held-out rows chooses the checkpoint, the rest is the test (GLUE)."
-    )
-    glue: Literal["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"] | None = _option(
-        None, "Data", "Classification: the GLUE task whose columns, classes and metrics these are."
-    )
-    labels: str | list[str] | None = _option(
-        None,
-        "Data",
-        "Classification: class names in the order of their numbers (no,yes), or 'number'; default: as in the file.",
-        "name,name,...",
-        ("label_names",),
-    )
-    metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = _option(
-        None, "Data", "Classification: what chooses the checkpoint; default: GLUE's own, accuracy, or correlation."
-    )
     columns: str | dict[str, str] | None = _option(
         None, "Data", "Names of your columns: prompt=question,completion=answer.", "field=column,..."
     )
@@ -234,33 +215,6 @@ class TrainRecipe:
     parametrization: Literal["cholesky", "householder"] = _option(
         "cholesky", "Adapter", "How a rotation is kept orthonormal; 'householder' takes pyreft's steps."
     )
-    objective: Literal["completion", "reps", "reft-r1", "dpo", "kto", "orpo", "grpo", "rloo"] = _option(
-        "completion",
-        "Training",
-        "What is minimised: the answer's loss; on pairs (columns positive, negative) a preference between the two "
-        "answers (reps), or the loss of both under a direction that detects itself (reft-r1); by TRL: preferences on "
-        "rows with chosen and rejected (dpo, orpo) or completion and label (kto), or minus the --reward of answers "
-        "that the model writes to each prompt (grpo, rloo).",
-    )
-    reward: str | None = _option(
-        None,
-        "Training",
-        "grpo, rloo: FILE.py:function, called as TRL does with prompts, completions and the rows' columns, or numeric: "
-        "1 where the last number is that of the column answer (the default).",
-    )
-    answers: int = _option(8, "Training", "grpo, rloo: answers written to each prompt, which are compared.", least=2)
-    answer_tokens: int = _option(128, "Training", "grpo, rloo: longest answer.", "tokens", least=1)
-    beta: float | None = _option(
-        None,
-        "Training",
-        "dpo, kto, orpo, grpo, rloo: weight of the unedited model; default: TRL's.",
-    )
-    factors: str | float | list[float] | None = _option(
-        None,
-        "Training",
-        "reps: strengths of the edit in training, 2,4,6; each step draws one; default: 1.",
-        "strengths",
-    )
     epochs: float = _option(3.0, "Training", "Passes over the training rows.", "epochs", ("num_train_epochs",))
     batch_size: int | Literal["auto"] = _option(
         8, "Training",
@@ -317,6 +271,52 @@ class TrainRecipe:
         "Processes that train together, each on a GPU of its own, or all on the CPU; a launcher's (torchrun): its own.",
         "processes",
         ("num_processes", "nproc_per_node"),
+    )
+    objective: Literal["completion", "reps", "reft-r1", "dpo", "kto", "orpo", "grpo", "rloo"] = _option(
+        "completion",
+        "Objective",
+        "What is minimised: the answer's loss; on pairs (columns positive, negative) a preference between the two "
+        "answers (reps), or the loss of both under a direction that detects itself (reft-r1); by TRL: preferences on "
+        "rows with chosen and rejected (dpo, orpo) or completion and label (kto), or minus the --reward of answers "
+        "that the model writes to each prompt (grpo, rloo).",
+    )
+    reward: str | None = _option(
+        None,
+        "Objective",
+        "grpo, rloo: FILE.py:function, called as TRL does with prompts, completions and the rows' columns, or numeric: "
+        "1 where the last number is that of the column answer (the default).",
+    )
+    answers: int = _option(8, "Objective", "grpo, rloo: answers written to each prompt, which are compared.", least=2)
+    answer_tokens: int = _option(128, "Objective", "grpo, rloo: longest answer.", "tokens", least=1)
+    beta: float | None = _option(
+        None,
+        "Objective",
+        "dpo, kto, orpo, grpo, rloo: weight of the unedited model; default: TRL's.",
+    )
+    factors: str | float | list[float] | None = _option(
+        None,
+        "Objective",
+        "reps: strengths of the edit in training, 2,4,6; each step draws one; default: 1.",
+        "strengths",
+    )
+    test_file: str | None = _option(
+        None, "Classification", "File of rows to test the best checkpoint on (for MNLI: the mismatched ones)."
+    )
+    split_eval: bool = _option(
+        False, "Classification", "Part of the held-out rows chooses the checkpoint, the rest is the test (GLUE)."
+    )
+    glue: Literal["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"] | None = _option(
+        None, "Classification", "The GLUE task whose columns, classes and metrics these are."
+    )
+    labels: str | list[str] | None = _option(
+        None,
+        "Classification",
+        "Class names in the order of their numbers (no,yes), or 'number'; default: as in the file.",
+        "name,name,...",
+        ("label_names",),
+    )
+    metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = _option(
+        None, "Classification", "What chooses the checkpoint; default: GLUE's own, accuracy, or correlation."
     )
     adapter_column: str | None = _option(
         None, "Users", "Column that says whose row it is: every user gets an edit, in the store --output.",
