@@ -13,13 +13,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from reftune.errors import ReftuneError
-from reftune.serving.api.answers import CHAT, COMPLETION, DONE, Answer, Shape, event
+from reftune.serving.api.answers import CHAT, COMPLETION, RESPONSE, Answer, Choices, ResponseAnswer, Shape
 from reftune.serving.api.bodies import (
     AdapterBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     Generation,
+    ResponseBody,
     TokenizeBody,
 )
 from reftune.serving.api.errors import RequestError
@@ -94,6 +95,13 @@ def build_app(
         wanted = body.max_completion_tokens or body.max_tokens
         return await _answer(service, request, body, target, CHAT, prompts, wanted, body.wanted_logprobs)
 
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponseBody) -> Response:
+        target = service.target(body.model, permission_of(request))
+        prompts = await service.read_prompts(target, [body.messages])
+        wanted = body.max_output_tokens or body.max_tokens
+        return await _answer(service, request, body, target, RESPONSE, prompts, wanted, body.wanted_logprobs)
+
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         target = service.target(body.model, permission_of(request))
@@ -163,7 +171,8 @@ async def _answer(
     room = [service.room(body, prompt, wanted) for prompt in prompts]
     request.state.log |= {"model": target.name, "prompt_tokens": sum(map(len, prompts))}
     service.take(len(prompts) * body.n)
-    answer = Answer(shape, body.model, sum(map(len, prompts)), service.encoding(target).tokenizer)
+    kind = ResponseAnswer if shape is RESPONSE else Choices
+    answer = kind(shape, body, sum(map(len, prompts)), service.encoding(target).tokenizer)
     pieces = service.write(target, prompts, body, room, logprobs)
     if body.stream:
         # The first piece is waited for, so that an adapter that cannot be loaded is an error and not a broken stream.
@@ -172,9 +181,8 @@ async def _answer(
         except RequestError:
             await pieces.aclose()
             raise
-        usage = bool((body.stream_options or {}).get("include_usage"))
         return StreamingResponse(
-            _events(request, answer, pieces, first, usage),
+            _events(request, answer, pieces, first),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -184,32 +192,34 @@ async def _answer(
             if piece.finish:
                 choices[choice.index] = choice
     whole = answer.whole([choices[index] for index in sorted(choices)])
-    request.state.log["completion_tokens"] = whole["usage"]["completion_tokens"]
+    request.state.log["completion_tokens"] = sum(len(choice.tokens) for choice in choices.values())
     return JSONResponse(whole)
 
 
-async def _events(request: Request, answer: Answer, pieces: Any, first: Any, usage: bool) -> AsyncIterator[str]:
+async def _events(request: Request, answer: Answer, pieces: Any, first: Any) -> AsyncIterator[str]:
     written, begun = 0, set()
     try:
         async with aclosing(pieces):
             pending = first
             while pending is not None:
                 choice, piece = pending
-                if answer.shape.is_chat and choice.index not in begun:
+                if choice.index not in begun:
                     begun.add(choice.index)
-                    yield event(answer.first(choice))
+                    for data in answer.begins(choice):
+                        yield answer.sent(data)
                 written += len(piece.tokens)
-                if piece.text or piece.finish or choice.wants_logprobs:
-                    yield event(answer.piece(choice, piece))
+                for data in answer.pieces(choice, piece):
+                    yield answer.sent(data)
                 pending = await anext(pieces, None)
-        if usage:
-            yield event(answer.last(written))
-        yield DONE
+        for data in answer.ends(written):
+            yield answer.sent(data)
     except RequestError as error:
-        yield event(error.body())
-        yield DONE
+        for data in answer.fails(error):
+            yield answer.sent(data)
     finally:
         request.state.log["completion_tokens"] = written
+    if answer.done:
+        yield answer.done
 
 
 async def _while_connected(request: Request, pieces: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:

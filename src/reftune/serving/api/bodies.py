@@ -140,6 +140,68 @@ class ChatBody(Generation):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+class InputMessage(ChatMessage):
+    """A turn of a response's input."""
+
+    type: Literal["message"] = "message"
+
+    @model_validator(mode="after")
+    def _says_something(self) -> InputMessage:
+        if self.content is None:
+            raise ValueError("a message has content")
+        return self
+
+
+class ResponseBody(Generation):
+    """`POST /v1/responses`. Nothing is kept, so the whole conversation stands in `input`."""
+
+    input: str | list[InputMessage] = Field(min_length=1, max_length=10_000_000)
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=1)
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    text: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+
+    @field_validator("previous_response_id", "conversation", mode="before")
+    @classmethod
+    def _nothing_is_kept(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("no answers are kept here: send the whole conversation as input")
+        return value
+
+    @field_validator("tools")
+    @classmethod
+    def _no_tools(cls, value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise ValueError("no tools can be called here")
+        return value
+
+    @field_validator("text")
+    @classmethod
+    def _plain_text(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if (value or {}).get("format") not in (None, {"type": "text"}):
+            raise ValueError("only {'format': {'type': 'text'}} can be had")
+        return value
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation, behind the instructions."""
+        given = [Message("user", self.input)] if isinstance(self.input, str) else [m.as_message() for m in self.input]
+        return given if self.instructions is None else [Message("system", self.instructions), *given]
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to report beside each token; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.include or self.top_logprobs else None
+
+
 class CompletionBody(Generation):
     """`POST /v1/completions`."""
 
