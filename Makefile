@@ -36,9 +36,11 @@ test: $(READY)
 test-page: $(READY)
 	REFTUNE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/test_page_clicks.py $(PYTEST_ARGS)
 
-# The same tests with the oldest version of everything that pyproject.toml admits.
+# The same tests with the oldest version of everything that pyproject.toml admits; types and shapes of every call are
+# checked here, which more than doubles the time.
+TYPED := --jaxtyping-packages=reftune,beartype.beartype
 test-oldest: $(READY_OLDEST)
-	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 $(TYPED) $(PYTEST_ARGS)
 
 # vLLM has an environment of its own, of 4 GB.
 VLLM_READY := .venv-vllm/.installed

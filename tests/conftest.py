@@ -1,6 +1,6 @@
 """Settings that every test runs under: offline, one thread, a fixed seed.
 
-Nothing of reftune is imported here, so that the jaxtyping hook (see pyproject.toml) sees every module first.
+Nothing of reftune is imported here, so that the jaxtyping hook (TYPED in the Makefile) sees every module first.
 """
 
 import os
