@@ -14,8 +14,10 @@ from reftune.steering.vectors import read_vectors, write_vectors
 VECTORS = {layer: np.random.default_rng(layer).normal(size=8).astype(np.float32) for layer in (12, 3)}
 
 
-def write_raw(path: Path, kind: str, tensors: dict[str, np.ndarray]) -> None:
+def write_raw(path: Path, kind: str, tensors: dict[str, np.ndarray], **texts: str) -> None:
     writer = gguf.GGUFWriter(str(path), kind)
+    for name, text in texts.items():
+        writer.add_string(f"{kind}.{name}", text)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -64,6 +66,26 @@ def test_what_is_no_control_vector(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         with pytest.raises(ReftuneError):
             read_vectors(path)
+
+
+def test_easysteers_directions_are_taken_where_they_are_of_hidden_states(tmp_path: Path) -> None:
+    tensors = {f"direction.{layer}": vector for layer, vector in {0: VECTORS[12], 3: VECTORS[3]}.items()}
+
+    def written(native: str) -> Path:
+        path = tmp_path / "vector.gguf"
+        write_raw(path, "controlvector", tensors, model_hint="llama", method="diffmean", easysteer=native)
+        return path
+
+    for component in ('"hidden_states"', "null"):
+        found = read_vectors(
+            written(f'{{"version":1,"component":{component},"metadata":{{"mapping":[["token_pos",-1]]}}}}')
+        )
+        assert list(found) == [0, 3] and np.array_equal(found[0], VECTORS[12])
+    with pytest.raises(ReftuneError, match=r"directions of attention_heads, and hidden states are steered"):
+        read_vectors(written('{"version":1,"component":"attention_heads","metadata":null}'))
+    for damaged in ("{", "[]", "3"):
+        with pytest.raises(ReftuneError, match="cannot be read as GGUF"):
+            read_vectors(written(damaged))
 
 
 def test_a_model_is_no_control_vector(tmp_path: Path) -> None:

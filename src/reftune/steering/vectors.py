@@ -1,12 +1,14 @@
 """Control vectors of llama.cpp, repeng and EasySteer: GGUF files with a vector `direction.N` for the output of block N.
 
-llama.cpp and repeng have none for block 0. EasySteer keeps a vector by itself in a PyTorch file too; safetensors files
-have one layout as good as another, so the one number in a tensor's name is its block. Source: llama.cpp,
-`common_control_vector_load`; repeng, `ControlVector.export_gguf`; EasySteer's vector specifications.
+llama.cpp and repeng have none for block 0. EasySteer says in its files what their directions are of; it keeps a vector by
+itself in a PyTorch file too. Safetensors files have one layout as good as another, so the one number in a tensor's name
+is its block. Source: llama.cpp, `common_control_vector_load`; repeng, `ControlVector.export_gguf`; EasySteer,
+`StatisticalControlVector.export_gguf`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,12 +47,14 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
     try:
         reader = gguf.GGUFReader(str(path))
         found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-        field = reader.get_field("general.architecture")
-        kind = field and bytes(field.parts[field.data[0]]).decode(errors="replace")
+        kind = _text(reader.get_field("general.architecture"))
+        of = json.loads(_text(reader.get_field(f"{_KIND}.easysteer")) or "{}").get("component")
     except Exception as error:  # the reader raises whatever damaged bytes lead it to
         raise ReftuneError(f"{path} cannot be read as GGUF ({type(error).__name__}); export it again.") from error
     if kind != _KIND:
         raise ReftuneError(f"{path} holds a {kind or 'model'}, not a control vector.")
+    if of not in (None, "hidden_states"):
+        raise ReftuneError(f"{path} holds directions of {of}, and hidden states are steered: extract those.")
     vectors: dict[int, np.ndarray] = {}
     for name, vector in found.items():
         match = _NAME.fullmatch(name)
@@ -62,6 +66,10 @@ def read_vectors(path: str | Path) -> dict[int, Float[np.ndarray, " width"]]:
     if not vectors:
         raise ReftuneError(f"{path} holds no direction.")
     return dict(sorted(vectors.items()))
+
+
+def _text(field: Any) -> str | None:
+    return None if field is None else bytes(field.parts[field.data[0]]).decode(errors="replace")
 
 
 def may_hold_vectors(source: Any) -> bool:
