@@ -1,9 +1,9 @@
 """Control vectors of llama.cpp, repeng and EasySteer: GGUF files with a vector `direction.N` for the output of block N.
 
-llama.cpp and repeng have none for block 0. EasySteer says in its files what their directions are of; it keeps a vector by
-itself in a PyTorch file too. Safetensors files have one layout as good as another, so the one number in a tensor's name
-is its block. Source: llama.cpp, `common_control_vector_load`; repeng, `ControlVector.export_gguf`; EasySteer,
-`StatisticalControlVector.export_gguf`.
+llama.cpp and repeng have none for block 0. EasySteer says in its files what their directions are of; it keeps a vector
+by itself in a PyTorch file too. Safetensors files have one layout as good as another, so the one number in a
+tensor's name is its block. Source: llama.cpp, `common_control_vector_load`; repeng, `ControlVector.export_gguf`;
+EasySteer, `StatisticalControlVector.export_gguf`.
 """
 
 from __future__ import annotations
