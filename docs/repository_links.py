@@ -13,8 +13,8 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
-_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s:]+)\)")
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+"""A link, or with a ! a picture."""
 _FENCES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
@@ -27,19 +27,18 @@ def on_files(files: Any, config: Any) -> Any:
         if source.suffix != ".md":
             continue
         text = source.read_text(encoding="utf-8")
-        for picture in {(source.parent / target).resolve() for target in _PICTURE.findall(text)} - known:
-            if _is_outside(picture):
-                known.add(picture)
-                uri = f"repository/{picture.relative_to(ROOT).as_posix()}"
-                files.append(File.generated(config, uri, abs_src_path=str(picture)))
-        for _, target, _ in _LINK.findall(text):
+        for picture, _, target, _ in _LINK.findall(text):
             found = (source.parent / target).resolve()
-            if _is_outside(found) and found not in known:
-                known.add(found)
-                page = File.generated(config, _page_of(found), content=_content(found))
-                page.inclusion = page.inclusion.NOT_IN_NAV
-                files.append(page)
-                queue.append((found, page.src_uri))
+            if not _is_outside(found) or found in known:
+                continue
+            known.add(found)
+            if picture:
+                files.append(File.generated(config, _uri(found), abs_src_path=str(found)))
+                continue
+            page = File.generated(config, _page_of(found), content=_content(found))
+            page.inclusion = page.inclusion.NOT_IN_NAV
+            files.append(page)
+            queue.append((found, page.src_uri))
     return files
 
 
@@ -51,15 +50,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         folder = ROOT / posixpath.dirname(here.removeprefix("repository/"))
 
     def redirected(match: re.Match[str]) -> str:
-        text, target, anchor = match.groups()
+        picture, text, target, anchor = match.groups()
         found = (folder / target).resolve()
-        if found.is_file() and not _is_outside(found) and here.startswith("repository/"):
+        if _is_outside(found):
+            uri = _uri(found) if picture else _page_of(found)
+        elif found.is_file() and here.startswith("repository/"):
             uri = found.relative_to(ROOT / "docs").as_posix()
-        elif _is_outside(found):
-            uri = _page_of(found)
         else:
             return match.group()
-        return f"[{text}]({posixpath.relpath(uri, posixpath.dirname(here) or '.')}{anchor or ''})"
+        return f"{picture}[{text}]({posixpath.relpath(uri, posixpath.dirname(here) or '.')}{anchor or ''})"
 
     return _LINK.sub(redirected, markdown)
 
@@ -68,9 +67,12 @@ def _is_outside(path: Path) -> bool:
     return path.is_file() and path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "docs")
 
 
+def _uri(path: Path) -> str:
+    return f"repository/{path.relative_to(ROOT).as_posix()}"
+
+
 def _page_of(path: Path) -> str:
-    relative = path.relative_to(ROOT).as_posix()
-    return f"repository/{relative if relative.endswith('.md') else relative + '.md'}"
+    return _uri(path) if path.suffix == ".md" else f"{_uri(path)}.md"
 
 
 def _content(path: Path) -> str:
