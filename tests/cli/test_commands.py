@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -170,3 +174,32 @@ def test_chat_obeys_its_commands(cli, trained: Path) -> None:
 
 def test_chat_ends_with_its_input(cli, trained: Path) -> None:
     assert cli("chat", trained, stdin="").exit_code == 0
+
+
+def test_a_line_of_chat_is_edited_by_characters_and_earlier_ones_come_back() -> None:
+    """Typed into a real terminal: delete takes one kana (three bytes), left moves by one, up brings the line back."""
+    pytest.importorskip("readline")
+    import pty
+
+    code = (
+        "import reftune_command; from rich.console import Console; from reftune.cli.chat import typed\n"
+        "print('<' + '|'.join(typed(Console(), 'you> ') for _ in range(2)) + '>')"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    shown = b""
+    for keys in ("あい\x7fう\x1b[Dえ\r", "\x1b[A!\r"):
+        while not shown.endswith(b"you> \x1b[0m"):
+            shown += os.read(ours, 1024)
+        os.write(ours, keys.encode())
+        shown += os.read(ours, 1)
+    with suppress(OSError):  # a terminal that nobody is at any more
+        while piece := os.read(ours, 1024):
+            shown += piece
+    assert process.wait(30) == 0
+    os.close(ours)
+    assert "<あえう|あえう!>" in shown.decode(), shown.decode()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
+
+from rich.console import Console
 
 from reftune.cli.common_options import BASE_MODEL, SAMPLED, Adapters, ChatTemplateKwargs, SystemPrompt
 from reftune.cli.flags import with_flags
@@ -44,7 +47,7 @@ def chat(
     console.print(f"{folder} is listening. {_HELP}", markup=False)
     while True:
         try:
-            said = console.input(f"[bold]{'you' if talk.uses_edit else 'you (to the base model)'}>[/bold] ").strip()
+            said = typed(console, "you> " if talk.uses_edit else "you (to the base model)> ").strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -83,6 +86,16 @@ def chat(
             console.print()
             if talk.forgotten > forgotten:
                 console.print(f"(The first {talk.forgotten} turns no longer fit the model's context.)", style="dim")
+
+
+def typed(console: Console, prompt: str) -> str:
+    """A line of standard input; on a terminal it can be edited, and earlier lines come back with the arrow keys."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):  # Windows has no readline, and edits lines without
+            import readline  # noqa: F401
+
+            return input(f"\x01\x1b[1m\x02{prompt}\x01\x1b[0m\x02")  # the marks: what takes no room on the line
+    return console.input(f"[bold]{prompt}[/bold]")
 
 
 def _scaled(edited: Any, written: str) -> str:
