@@ -5,7 +5,7 @@ import torch
 
 from reftune.errors import ReftuneError
 from reftune.serving.bank import Bank
-from reftune.serving.catalogue import Catalogue, is_name
+from reftune.serving.catalogue import Catalogue, is_name, refuse_links_out
 from tests.users.test_hostile import make_store
 from tests.users.test_store import edit
 
@@ -44,6 +44,24 @@ def test_links_that_lead_out_are_not_followed(tmp_path: Path) -> None:
         catalogue.add("x", outside)
     with pytest.raises(ReftuneError, match="no adapter of that path"):
         catalogue.add("x", "link-out")
+
+
+def test_a_file_that_is_a_link_out_is_refused_and_one_inside_is_not(tmp_path: Path) -> None:
+    (tmp_path / "secret.jinja").write_text("secret", encoding="utf-8")
+    roots = [tmp_path / "served"]
+    one, other = (adapter(roots[0] / name) for name in ("one", "other"))
+    (one / "run.yaml").symlink_to(other / "adapter_config.json")
+    refuse_links_out(one, roots)
+    (one / "chat_template.jinja").symlink_to(tmp_path / "secret.jinja")
+    with pytest.raises(ReftuneError, match="chat_template.jinja is a link out"):
+        refuse_links_out(one, roots)
+    with pytest.raises(ReftuneError, match="is a link out"):
+        Catalogue(roots).add("third", "one")
+    store = make_store(tmp_path).path
+    refuse_links_out(store / "anna", [store])
+    (store / "run.yaml").symlink_to(tmp_path / "secret.jinja")
+    with pytest.raises(ReftuneError, match="run.yaml is a link out"):
+        refuse_links_out(store / "anna", [store])
 
 
 @pytest.mark.parametrize(

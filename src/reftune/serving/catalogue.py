@@ -6,7 +6,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,31 @@ from reftune.users.store import UserStore
 CONFIG_FILE = "adapter_config.json"
 _LOOK_AGAIN = 1.0
 """Seconds after which a folder is looked at again."""
+
+
+def lies_in(path: Path, roots: Iterable[Path]) -> bool:
+    """Whether a path, with every link followed, lies in one of some folders."""
+    real = os.path.realpath(path)
+    return any(real == root or real.startswith(root + os.sep) for root in map(os.path.realpath, roots))
+
+
+def refuse_links_out(folder: Path, roots: Collection[Path]) -> None:
+    """Refuse an adapter, or a store's user, whose weights, template or whatever else are links to elsewhere.
+
+    Args:
+        folder: of the adapter, or ``STORE/NAME``.
+        roots: the folders that are served.
+
+    Raises:
+        ReftuneError: naming the link.
+    """
+    with suppress(OSError), os.scandir(folder.parent if is_store(folder.parent) else folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and not lies_in(Path(entry.path), roots):
+                raise ReftuneError(
+                    f"{entry.path} is a link out of the folders that are served: put the file itself there "
+                    "(`hf download REPO --local-dir DIR` does)."
+                )
 
 
 class Catalogue:
@@ -58,6 +84,11 @@ class Catalogue:
             if twice := [name for name, count in counted.items() if count > 1]:
                 raise ReftuneError(f"two stores have a user {twice[0]!r}; rename one.")
 
+    @property
+    def roots(self) -> list[Path]:
+        """The allowed folders, stores among them."""
+        return [*self.folders, *(store.path for store in self.stores)]
+
     def names(self) -> list[str]:
         """Names of every adapter, sorted."""
         signature = [store.signature for store in self.stores]
@@ -96,6 +127,7 @@ class Catalogue:
         allowed = [path for path in inside if self._allowed(path) and (path / CONFIG_FILE).is_file()]
         if not allowed:
             raise ReftuneError(f"path={str(folder)!r}: no adapter of that path lies in the folders that are served.")
+        refuse_links_out(allowed[0], self.roots)
         with self._lock:
             if (name in self._found and name not in self._removed) or self._user(name) is not None:
                 raise ReftuneError(f"name={name!r}: an adapter of that name is served already.")
@@ -128,10 +160,7 @@ class Catalogue:
         return next((store.path / name for store in self.stores if name in store), None)
 
     def _allowed(self, path: Path) -> bool:
-        """Whether a path, with every link followed, lies in an allowed folder."""
-        real = os.path.realpath(path)
-        roots = [os.path.realpath(folder) for folder in self.folders]
-        return any(real == root or real.startswith(root + os.sep) for root in roots)
+        return lies_in(path, self.folders)
 
     def _look(self, again: bool = False, strict: bool = False) -> dict[str, Path]:
         with self._lock:

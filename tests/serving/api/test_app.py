@@ -107,6 +107,16 @@ def test_an_adapter_that_cannot_be_loaded_is_an_error_even_where_a_stream_was_as
         assert answer.status_code == 400 and "is damaged" in answer.json()["error"]["message"]
 
 
+def test_an_adapter_whose_weights_are_a_link_out_is_an_error_of_its_request(ask: Any, folder: Path) -> None:
+    (folder.parent / "elsewhere").touch()
+    (folder / "pirate" / "adapter_model.safetensors").symlink_to(folder.parent / "elsewhere")
+    for model, status in (("pirate", 400), ("0.5*pirate + formal", 400), ("formal", 200)):
+        response = ask("POST", "/v1/completions", json={"model": model, "prompt": "hi", "max_tokens": 4})
+        assert response.status_code == status
+        assert status == 200 or "is a link out" in response.json()["error"]["message"]
+    assert ask("POST", "/tokenize", json={"model": "pirate", "prompt": "hi"}).status_code == 400
+
+
 def test_keys_are_asked_for_and_allow_what_they_name(ask: Any) -> None:
     settings = {"keys": KEYS}
     for headers in (

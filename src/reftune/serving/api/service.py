@@ -21,7 +21,7 @@ from reftune.serving.api.errors import RequestError
 from reftune.serving.api.keys import Keys, Permission
 from reftune.serving.api.metrics import Metrics
 from reftune.serving.api.writing import Choice, Piece
-from reftune.serving.catalogue import Catalogue
+from reftune.serving.catalogue import Catalogue, refuse_links_out
 from reftune.serving.requests import Sampling, TokenEngine
 from reftune.users.store import user_of
 
@@ -105,7 +105,7 @@ class Service:
         """Resolve `model`.
 
         Raises:
-            RequestError: 404 where there is no such model, 403 where the key may not use it.
+            RequestError: 404 where there is no such model, 403 where the key may not use it, 400 for a link elsewhere.
         """
         if model == self.base_name:
             terms: list[tuple[str, float]] = []
@@ -124,6 +124,10 @@ class Service:
             if folder is None:
                 message = f"the model {name!r} is not served here; GET /v1/models lists those that are."
                 raise RequestError(404, message, "model", "model_not_found")
+            try:
+                refuse_links_out(folder, self.catalogue.roots)
+            except ReftuneError as error:
+                raise RequestError(400, str(error), "model", "adapter_unusable") from None
         return Target(model, tuple(terms), tuple(folder for folder in folders if folder is not None))
 
     def encoding(self, target: Target) -> Encoding:

@@ -16,6 +16,7 @@ from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from reftune.edits import FoldedEdit
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
+from reftune.serving.catalogue import refuse_links_out
 from reftune.serving.folded import FoldedAdapter, SiteEdit, read_folded
 from reftune.users.names import is_store
 
@@ -102,11 +103,13 @@ def refuse_outside(path: str) -> Path:
     """The folder of a path, if the server may read it.
 
     Raises:
-        ReftuneError: it lies in none of the served folders.
+        ReftuneError: it lies in none of the served folders, or a file of it does not.
     """
     folder, allowed = Path(path).expanduser().resolve(), served_folders()
     if allowed and not any(folder == one or one in folder.parents for one in allowed):
         raise ReftuneError(f"{path}: this server serves adapters of {', '.join(map(str, allowed))} only.")
+    if allowed:
+        refuse_links_out(folder, allowed)
     return folder
 
 
