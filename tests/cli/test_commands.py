@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -17,9 +18,13 @@ import yaml
 
 from reftune.cli.app import Commands
 from reftune.cli.flags import flag_name
+from reftune.inference.loading import load_edited
+from reftune.models import load
 from reftune.runs.demo import DEMO
 from reftune.runs.recipe import TrainRecipe, resolve_recipe
+from reftune.serving.engine import EmbeddedEngine
 from tests.cli.test_bad_input import refused
+from tests.cli.tiny_folder import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = {command.name: command.load() for command in Commands.registered}
@@ -174,6 +179,27 @@ def test_chat_obeys_its_commands(cli, trained: Path) -> None:
 
 def test_chat_ends_with_its_input(cli, trained: Path) -> None:
     assert cli("chat", trained, stdin="").exit_code == 0
+
+
+def test_other_weights_of_the_same_shapes_are_told_and_another_dtype_is_not(
+    trained: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    logging.getLogger("reftune").addHandler(caplog.handler)
+    try:
+        for model, dtype, told in ((tiny, None, 0), (other, None, 1), (other, "bfloat16", 0)):
+            caplog.clear()
+            load_edited(trained, model=str(model), dtype=dtype, device="cpu")
+            assert ["other weights" in message for message in caplog.messages] == [True] * told
+        base, tokenizer = load(str(other), device="cpu")
+        caplog.clear()
+        engine = EmbeddedEngine(base, tokenizer, cache_tokens=256)
+        for _ in range(2):
+            engine.check(trained)
+        engine.close()
+        assert ["other weights" in message for message in caplog.messages] == [True]
+    finally:
+        logging.getLogger("reftune").removeHandler(caplog.handler)
 
 
 def test_a_line_of_chat_is_edited_by_characters_and_earlier_ones_come_back() -> None:

@@ -164,6 +164,7 @@ ATTACKS: dict[str, Callable[[Path], None]] = {
     "a configuration of bytes": config_text("\udcff\udcfe"),
     "a configuration with NaN": config_text('{"peft_type": "REFT", "r": NaN}'),
     "a configuration with a long integer": config_text('{"peft_type": "REFT", "r": ' + "9" * 10_000 + "}"),
+    "weights of a tebibyte, all but their beginning a hole": lambda folder: os.truncate(folder / WEIGHTS_FILE, 2**40),
     "weights that are a folder": in_place_of(WEIGHTS_FILE, Path.mkdir),
     "weights that are a link to nowhere": in_place_of(WEIGHTS_FILE, lambda path: path.symlink_to("nowhere")),
     "weights that are a link to a device": in_place_of(WEIGHTS_FILE, lambda path: path.symlink_to(os.devnull)),

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 from safetensors import SafetensorError, deserialize
 
 from reftune.engine.position_grammar import parse_positions
@@ -181,7 +182,7 @@ def read_weights(folder: str | Path, config: Mapping[str, Any]) -> dict[str, dic
     if not path.is_file():
         raise ReftuneError(f"{path} does not exist; the adapter was not saved to its end. Use an earlier checkpoint.")
     try:
-        tensors = dict(deserialize(path.read_bytes()))
+        tensors = dict(deserialize(weights_bytes(path)))
     except (SafetensorError, OSError) as error:
         raise ReftuneError(
             f"{path} is not an intact safetensors file ({error}): it was cut off or overwritten. Use an earlier "
@@ -195,6 +196,21 @@ def read_weights(folder: str | Path, config: Mapping[str, Any]) -> dict[str, dic
             if bool(((bits & exponent) == exponent).any()):
                 raise not_finite(path, name)
     return tensors
+
+
+def weights_bytes(path: Path) -> bytes:
+    """What a weights file holds.
+
+    Raises:
+        ReftuneError: more than this machine has memory for, as a file full of holes can say.
+    """
+    size, free = path.stat().st_size, psutil.virtual_memory().available
+    if size > free:
+        raise ReftuneError(
+            f"{path} is of {size:,} bytes, and {free:,} bytes of memory are free: this is no adapter, or needs another "
+            "machine."
+        )
+    return path.read_bytes()
 
 
 def refuse_other_files(folder: Path) -> None:

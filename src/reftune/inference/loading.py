@@ -20,6 +20,8 @@ from reftune.adapter.tuner import REFT, ReftModel
 from reftune.data.templates import resolve_template
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
+from reftune.inference.settings import check_scale
+from reftune.runs.fingerprint import warn_of_other_base
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.runs.recipe_values import (
     coerce,
@@ -100,6 +102,7 @@ def load_edited(
     base, tokenizer = models.load(
         name, dtype or recorded.get("dtype"), device, quantization=quantization or recorded.get("quantization")
     )
+    warn_of_other_base(folder, base)
     encoding = recorded_encoding(folder, tokenizer, template, system_prompt, chat_template_kwargs)
     models.fit_to_tokenizer(base, encoding.tokenizer)
     edited = load_adapter(base, folder)
@@ -207,8 +210,7 @@ def set_scale(model: PeftModel, scale: float, strengths: Mapping[str, float] | N
     Raises:
         ReftuneError: a scale that is no number, or an adapter that is no ReFT adapter.
     """
-    if not abs(scale) <= 1e6:
-        raise ReftuneError(f"scale={scale}: must be a number, at most a million either way.")
+    check_scale(scale)
     if isinstance(model.base_model, ReftModel):
         for name, strength in (strengths or {"default": 1.0}).items():
             model.base_model.set_scale(name, scale * strength)

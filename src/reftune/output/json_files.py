@@ -23,6 +23,8 @@ def read_json_object(path: Path, way_out: str = "write it again") -> dict[str, A
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReftuneError(f"{path} cannot be read ({error.strerror or error}): {way_out}.") from None
+    except MemoryError:
+        raise ReftuneError(f"{path} is larger than the memory of this machine: {way_out}.") from None
     except RecursionError:
         raise ReftuneError(f"{path} is nested too deeply to be read: {way_out}.") from None
     except ValueError as error:  # also: bytes that are no UTF-8, an integer of thousands of digits

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -37,16 +39,21 @@ _DIGESTED = {
 }
 """Fields whose content counts rather than their name, and what the content is called."""
 
+logger = logging.getLogger(__name__)
 
-def fingerprint(train_set: Any, eval_set: Any, base: str) -> dict[str, str]:
+
+def fingerprint(train_set: Any, eval_set: Any, base: str, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Digests of what a recipe only names, by field.
 
     Args:
         train_set: the tokenised rows.
         eval_set: the held-out ones, or None.
         base: see `base_digest`.
+        dtype: of the base.
     """
-    return {"train_file": _rows_digest(train_set), "eval_file": _rows_digest(eval_set), "model": base}
+    return {
+        "train_file": _rows_digest(train_set), "eval_file": _rows_digest(eval_set), "model": base, "dtype": str(dtype),
+    }  # fmt: skip
 
 
 def base_digest(base: nn.Module) -> str:
@@ -55,6 +62,29 @@ def base_digest(base: nn.Module) -> str:
     for name, tensor in base.named_parameters():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor_values(tensor)}".encode())
     return digest.hexdigest()
+
+
+def warn_of_other_base(folder: Path, base: nn.Module, digest: Callable[[nn.Module], str] = base_digest) -> None:
+    """Log a warning where a run says that it was trained on other weights than a base's, in the same dtype.
+
+    Another dtype or a quantised base has other bits, and folders without a fingerprint say nothing: neither is told.
+
+    Args:
+        folder: of an adapter.
+        base: before anything is attached to it.
+        digest: `base_digest`, or what remembers it.
+
+    Raises:
+        ReftuneError: a fingerprint that is damaged.
+    """
+    known = folder / FINGERPRINT_FILE
+    found = read_json_object(known, "restore it, or delete it") if known.is_file() else {}
+    if found.get("dtype") == str(base.dtype) and found.get("model") != digest(base):
+        logger.warning(
+            "%s was trained on other weights than those of this base model, though their shapes agree: what it does "
+            "here was never measured. Name the base that it was trained on.",
+            folder,
+        )
 
 
 def write_fingerprint(folder: Path, found: Mapping[str, str]) -> None:

@@ -86,7 +86,7 @@ def run_preferences(recipe: TrainRecipe, console: Console) -> TrainedRun:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"trl\.")
         warnings.filterwarnings("ignore", category=UserWarning, module=r"trl\.")
         trainer = _trainer(recipe, place.folder, base, tokenizer, train_set, eval_set, reward, encoding)
-        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, digest), console)
+        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, digest, base.dtype), console)
         train_until_done(trainer, recipe, place)
         counts = {"train_rows": len(train_set), "eval_rows": len(eval_rows)}
         metrics = {**trainer.report(), **counts, "objective": recipe.objective, **_scores(trainer.state.log_history)}

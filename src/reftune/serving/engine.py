@@ -21,6 +21,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from reftune.engine.packed import CARRIED, Carried, CarriedEdits, carry, settings
 from reftune.engine.transformers_names import page_of
 from reftune.errors import ReftuneError
+from reftune.runs.fingerprint import base_digest, warn_of_other_base
 from reftune.serving.bank import Bank, Held
 from reftune.serving.packed_attention import attending_by_request
 from reftune.serving.packed_edits import PackedEdits
 from reftune.serving.requests import Finish, Sampling, Token
 from reftune.serving.sampling import Choosing
+from reftune.users.names import is_store
 
 ANSWER = "reftune_answer"
 _Item = tuple[list[Token], Finish | None] | Exception
@@ -184,6 +187,8 @@ class EmbeddedEngine:
         self._numbers = itertools.count()
         self._manager: Any = None
         self._hits = 0
+        self._judged: set[Path] = set()
+        self._digest = cache(base_digest)
         self._lock = threading.Lock()
 
     # Life
@@ -252,7 +257,14 @@ class EmbeddedEngine:
         held = self.bank.take(name, scale)
         with self._lock:
             self._hits += self.bank.loads == loads
+        self._judge_base(folder.parent if is_store(folder.parent) else folder)
         return held
+
+    def _judge_base(self, folder: Path) -> None:
+        if folder not in self._judged:
+            self._judged.add(folder)
+            with suppress(ReftuneError):  # a damaged fingerprint says nothing of the base
+                warn_of_other_base(folder, self.model, self._digest)
 
     # Answers
 

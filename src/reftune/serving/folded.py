@@ -39,6 +39,7 @@ from reftune.adapter.checkpoint import (
     read_weights,
     refuse_other_files,
     trained_beside_edits,
+    weights_bytes,
 )
 from reftune.edits import Edit, FoldedEdit, RotatedEdit, edit_class, make_edit
 from reftune.engine.position_grammar import Positions, parse_positions
@@ -136,7 +137,7 @@ def read_folded(folder: str | Path) -> FoldedAdapter:
     config = read_adapter_config(folder)
     refuse_other_files(folder)
     try:
-        raw = (folder / WEIGHTS_FILE).read_bytes()
+        raw = weights_bytes(folder / WEIGHTS_FILE)
         tensors = load(raw)
     except (OSError, SafetensorError, KeyError) as error:
         read_weights(folder, config)
