@@ -212,6 +212,8 @@ def test_a_store_is_not_written_over_nor_gone_on_with_on_another_base(
 def test_users_share_all_but_a_bias(train: Any, tmp_path: Path, tiny: Path) -> None:
     result = train(*SHARE)
     assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("Training ") and "3 users, 8 rows; 0 rows held out\n" in result.stderr
+    assert "that all share, but for each user's bias; learning rate" in result.stderr
     assert "steps of the shared part 8/8" in result.stderr and "users 3/3" in result.stderr
     store = UserStore.open(tmp_path / "store")
     assert store.verify() == [] and store.names() == ["ann", "bob", "cy"]
@@ -265,7 +267,20 @@ def test_a_user_who_comes_later_gets_the_bias_of_training_with_the_others(
     assert not torch.allclose(store.read("cy")[bias], before["cy"][bias], atol=1e-3)
 
 
-def test_what_adapt_refuses_changes_nothing(train: Any, adapt: Any, cli: Any, tmp_path: Path, other_base: Path) -> None:
+def test_quiet_is_quiet(train: Any) -> None:
+    result = train("--quiet")
+    assert result.exit_code == 0 and "users" not in result.stderr and "Training" not in result.stderr
+
+
+def test_adapt_says_what_its_flags_are_of_one_user(cli: Any) -> None:
+    said = " ".join(cli("adapt", "--help").stdout.replace("│", " ").split())
+    for words in ("bundled pirate", "every user gets an edit", "best checkpoint", "With --share", "initialisation"):
+        assert words not in said
+
+
+def test_what_adapt_refuses_changes_nothing(
+    train: Any, adapt: Any, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cli("adapt", tmp_path / "store", "--user", "ann", "--train-file", "x.csv").exit_code == 2
     assert train().exit_code == 0
     result = adapt("ann")
@@ -289,6 +304,13 @@ def test_what_adapt_refuses_changes_nothing(train: Any, adapt: Any, cli: Any, tm
         result = adapt(user, *more)
         assert (result.exit_code, told in result.stderr) == (2, True), result.output
     assert files() == before
+    rows = next(store.glob("users-*.safetensors"))
+    rows.write_bytes(before[rows.name][:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr("reftune.users.adapt.load_base", lambda recipe: pytest.fail("found too late"))
+        result = adapt("bob")
+    assert (result.exit_code, "is cut off or damaged" in result.stderr) == (2, True), result.output
+    rows.write_bytes(before[rows.name])
     base = json.loads((store / "fingerprint.json").read_text())
     (store / "fingerprint.json").write_text(json.dumps({**base, "model": "0" * 32}))
     result = adapt("bob")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from peft import get_peft_model
 import reftune
 from reftune.cli.app import Commands
 from reftune.edits import available_edits
+from reftune.output.interrupt import interrupt
 from reftune.runs.recipe import EDITS
 from tests.tiny_models import TINY
 
@@ -44,6 +47,28 @@ def test_the_command_itself_loads_nothing_heavy(arguments: list[str]) -> None:
     status, modules, _ = started(*arguments)
     assert status == (2 if arguments == ["nonsense"] else 0)
     assert "reftune.cli.app" in modules and not modules & set(HEAVY)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_within_an_import_ends_the_process_at_once(number: int, status: int, tmp_path: Path) -> None:
+    (tmp_path / "long_import.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\nfinally:\n    print('late')\n"
+    )
+    code = (
+        "import signal; from reftune.output.interrupt import interrupt\n"
+        f"signal.signal({int(number)}, interrupt)\nimport long_import\nprint('too late')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.pathsep.join(sys.path)}"},
+        capture_output=True,
+    )
+    assert (ran.returncode, ran.stdout) == (status, b"")
+
+
+def test_a_signal_elsewhere_is_a_keyboard_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGTERM, sys._getframe())
 
 
 @pytest.mark.parametrize("command", [command.name for command in Commands.registered if command.name != "lm-eval"])

@@ -24,7 +24,9 @@ def test_a_streamed_run_keeps_no_prefixes_and_resumes_to_the_same_end(
     flags: list[Any], cli: Any, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert cli(*flags, "--output", whole, "--max-steps", 9).exit_code == 0  # almost two passes
+    result = cli(*flags, "--output", whole, "--max-steps", 9)  # almost two passes
+    assert result.exit_code == 0 and "rows as they are read; 0 rows held out" in result.stderr
+    assert "9 steps of 2 rows, learning rate" in result.stderr
     assert cli(*flags, "--output", broken, "--max-steps", 6).exit_code == 0
     resumed = cli(*flags, "--output", broken, "--max-steps", 9, "--resume")
     assert resumed.exit_code == 0, resumed.output

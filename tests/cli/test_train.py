@@ -82,6 +82,32 @@ def test_a_finished_run_goes_on_with_more_epochs(trained: Path, cli, tmp_path: P
     assert json.loads((folder / "metrics.json").read_text())["steps"] == 9
 
 
+def test_a_run_that_is_to_go_on_to_less_than_it_has_is_refused(trained: Path, cli, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "less"
+    shutil.copytree(trained, folder)
+    for flags, words in ((["--epochs", 1], "epochs=1"), (["--max-steps", 5], "max_steps=5")):
+        result = cli("train", trained / "run.yaml", "--output", folder, "--resume", *flags)
+        assert result.exit_code == 2 and "checkpoint-6 has 6 steps behind it (epoch 2)" in result.stderr
+        assert f"{words} asks for fewer" in result.stderr
+    assert (folder / "adapter_model.safetensors").read_bytes() == (trained / "adapter_model.safetensors").read_bytes()
+
+
+def test_that_nothing_is_left_to_train_is_told(trained: Path, cli, tmp_path: Path, caplog) -> None:
+    import logging
+    import shutil
+
+    folder = tmp_path / "same"
+    shutil.copytree(trained, folder)
+    logging.getLogger("reftune").addHandler(caplog.handler)
+    try:
+        assert cli("train", trained / "run.yaml", "--output", folder, "--resume").exit_code == 0
+    finally:
+        logging.getLogger("reftune").removeHandler(caplog.handler)
+    assert "Nothing is left to train: checkpoint-6 has all the steps of epochs=2 behind it." in caplog.messages
+
+
 def test_an_unfinished_run_is_not_trampled_on(trained: Path, cli, tmp_path: Path) -> None:
     import shutil
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from reftune.data.reading import read_rows
+from reftune.data.reading import read_rows, stream_rows
 from reftune.errors import ReftuneError
 
 
@@ -96,6 +96,18 @@ def test_a_broken_file_is_named_with_its_row_and_a_way_out(
         read_rows(file)
     assert message in str(raised.value)
     assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("bad", ['{"prompt":', '{"prompt":"a', '["b"]', "{'a': 1}"])
+def test_a_broken_line_is_told_in_the_same_words_where_rows_are_streamed(tmp_path: Path, bad: str, end: str) -> None:
+    file = _write(tmp_path, "a.jsonl", f'{{"prompt":"a"}}{end}{bad}{end}'.encode())
+    told = []
+    for read in (read_rows, lambda path: list(stream_rows(str(path)))):
+        with pytest.raises(ReftuneError) as raised:
+            read(file)
+        told.append(str(raised.value))
+    assert told[0] == told[1]
 
 
 def test_a_missing_file_suggests_near_names(tmp_path: Path) -> None:

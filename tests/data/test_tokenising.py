@@ -180,3 +180,15 @@ def test_the_bundled_tokenizer_reads_the_demo_exactly() -> None:
         assert tokenizer.decode(row["input_ids"][end:]) == example.completion + "<|im_end|>"
         assert row["input_ids"][:end].count(tokenizer.bos_token_id) == 3  # system, user, assistant
         assert row["labels"].count(IGNORED) == end
+
+
+def test_a_row_past_the_tokenizers_limit_is_told_by_us_alone(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.model_max_length = 8
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with pytest.raises(ReftuneError, match="tokens and only"):
+            encode_example(_example("a long prompt" * 9, "b"), tokenizer, template="%s", on_long_prompt="error")
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert caplog.messages == []

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from reftune.errors import ReftuneError
+from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.runs.recipe import TrainRecipe, recipe_fields, resolve_recipe
-from reftune.runs.recipe_values import read_columns, read_layers
+from reftune.runs.recipe_values import read_columns, read_flags, read_layers, typed_fields
+from reftune.serving.settings import ServerSettings
+from reftune.steering.settings import SteerSettings
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,32 @@ def test_a_wrong_recipe_is_told_by_file_and_key(text: str, words: str, tmp_path:
     path.write_text(text)
     with pytest.raises(ReftuneError, match=words):
         resolve_recipe(path)
+
+
+@pytest.mark.parametrize("owner", [TrainRecipe, GenerationSettings, BaseModel, ServerSettings, SteerSettings])
+@pytest.mark.parametrize("value", ["1e30", "inf", "-inf", "nan"])
+def test_a_number_past_its_bounds_is_told_the_bound_and_no_other_value_passes(owner: Any, value: str) -> None:
+    own = {"train_file": "x.csv"} if owner is TrainRecipe else {}
+    for item, kind in typed_fields(owner):
+        if float not in (kind, *get_args(kind)) and int not in (kind, *get_args(kind)):
+            continue
+        if item.name in ("layers", "factors"):
+            continue  # lists too, which have readers of their own
+        with pytest.raises(ReftuneError, match=rf"^(--)?{item.name.replace('_', '.')}=") as raised:
+            read_flags(owner, {**own, item.name: value})
+        whole, told = float not in (kind, *get_args(kind)), str(raised.value)
+        if value == "nan" or (whole and "inf" in value):
+            assert "give a" in told, told
+        else:
+            bounds = "at (most|least)|below|above|between|million|not go with|has no meaning|is of many users"
+            assert re.search(bounds, told), told
+
+
+def test_the_word_that_stands_for_a_number_is_told() -> None:
+    with pytest.raises(ReftuneError, match="give a whole number of rows or auto"):
+        TrainRecipe(train_file="x.csv", batch_size="many")
+    with pytest.raises(ReftuneError, match=r"8/32 the one as deep as 8 is of 32 \(0/32 to 31/32\)"):
+        TrainRecipe(train_file="x.csv", layers="32/32")
 
 
 def test_a_missing_recipe_names_its_neighbours(tmp_path: Path) -> None:

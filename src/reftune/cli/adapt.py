@@ -10,7 +10,7 @@ import typer
 from reftune.cli.flags import with_flags
 from reftune.errors import ReftuneError
 from reftune.output import terminal
-from reftune.runs.recipe import ADAPTED, OWN_OF_A_USER, TrainRecipe
+from reftune.runs.recipe import ADAPTED, BIAS_RATE, OWN_OF_A_USER, TrainRecipe
 from reftune.runs.recipe_values import given, typed_fields
 from reftune.users.names import check_user_name, is_store
 
@@ -32,6 +32,7 @@ def adapt(
     settings = given(flags)
     if (file := settings.pop("train_file", None)) is None:
         raise ReftuneError("There is nothing to train on: give --train-file FILE.")
+    terminal.console(stderr=True).print(f"Adding {user} to {folder} ...", markup=False, highlight=False, soft_wrap=True)
     from reftune.users.adapt import adapt_user
 
     found = adapt_user(folder, user, file, **settings)
@@ -41,9 +42,20 @@ def adapt(
     terminal.console().print(told, markup=False, highlight=False, soft_wrap=True)
 
 
+_TEXTS = {
+    "train_file": "The user's rows, alone or among others' (--adapter-column): CSV, TSV, JSON(L), Parquet, Hub name.",
+    "eval_file": "File of the user's held-out rows; the best epoch by their loss is kept.",
+    "eval_fraction": "Hold out this share of the user's rows.",
+    "adapter_column": "Column that says whose row it is, where the file has other users' rows too.",
+    "lr": f"Peak learning rate of what users share, of which the bias takes {BIAS_RATE:g} times, without --bias-lr.",
+    "bias_lr": "Peak learning rate of the bias.",
+    "seed": "Seed of row order, dropout and held-out rows.",
+}
+"""What `reftune train` says otherwise."""
 _fields = [(item, kind) for item, kind in typed_fields(TrainRecipe) if item.name in ADAPTED]
 with_flags(
     adapt,
     _fields,
+    _TEXTS,
     **{n: "as the store's users" for n in ADAPTED if n not in (*OWN_OF_A_USER, "split", "device", "dtype")},
 )

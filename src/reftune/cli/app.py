@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from reftune.errors import ReftuneError
 from reftune.output import terminal
+from reftune.output.interrupt import interrupt
 from reftune.runs import processes, run_training
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -200,7 +201,9 @@ def main() -> None:
     if processes.rank() > 0:
         processes.follow(run_training)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # which `nohup` and a shell's `&` leave for good reason
+            signal.signal(number, interrupt)
     try:
         app()
     except BrokenPipeError:  # `reftune info DIR | head`

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field
 from typing import Annotated, Any, Literal
 
@@ -19,13 +19,14 @@ def flag_name(item: Field[Any]) -> str:
     return "--" + item.name.replace("_", "-")
 
 
-def flag_parameter(item: Field[Any], kind: Any, default: Any = MISSING) -> inspect.Parameter:
+def flag_parameter(item: Field[Any], kind: Any, default: Any = MISSING, text: str | None = None) -> inspect.Parameter:
     """A field as an option whose value is None unless it is given (so that a recipe's value can stand).
 
     Args:
         item: a dataclass field with `help`, `unit` and `group` in its metadata.
         kind: its type.
         default: another than the field's, for the help.
+        text: another help than the field's.
     """
     name = flag_name(item)
     is_switch = kind is bool
@@ -35,7 +36,7 @@ def flag_parameter(item: Field[Any], kind: Any, default: Any = MISSING) -> inspe
     shown = "" if told else ("on" if default else "") if is_switch else default_text(default)
     option = typer.Option(
         *declared,
-        help=item.metadata["help"] + (f" (default: {shown})" if shown else ""),
+        help=(text or item.metadata["help"]) + (f" (default: {shown})" if shown else ""),
         metavar=None if is_switch else _metavar(item, kind),
         rich_help_panel=item.metadata["group"],
         show_default=False,
@@ -49,13 +50,17 @@ def flag_parameter(item: Field[Any], kind: Any, default: Any = MISSING) -> inspe
 
 
 def with_flags(
-    function: Callable[..., Any], items: Iterable[tuple[Field[Any], Any]], **defaults: Any
+    function: Callable[..., Any],
+    items: Iterable[tuple[Field[Any], Any]],
+    texts: Mapping[str, str] | None = None,
+    **defaults: Any,
 ) -> Callable[..., Any]:
     """The function with an option for each field in place of its `**flags`; **changes its signature**.
 
     Args:
         function: takes its own parameters and `**flags`, the fields' values by name.
         items: the fields, each with its type.
+        texts: help by name in place of the fields' own.
         **defaults: what stands in place of the fields' own; the function itself must see to it.
     """
     hints = typing.get_type_hints(function, include_extras=True)
@@ -64,7 +69,8 @@ def with_flags(
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    made = [flag_parameter(item, kind, defaults.get(item.name, MISSING)) for item, kind in items]
+    texts = texts or {}
+    made = [flag_parameter(item, kind, defaults.get(item.name, MISSING), texts.get(item.name)) for item, kind in items]
     function.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *made)}
     return function

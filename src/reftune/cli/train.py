@@ -26,6 +26,9 @@ def train(
     Every flag is also a key of the recipe, with underscores (gradient_accumulation: 4).
     """
     resolved = as_launched(resolve_recipe(recipe, flags))  # before the libraries are loaded: a wrong flag is told now
+    if not resolved.quiet:
+        told = f"Training {resolved.model} on {resolved.train_file}, into {resolved.output} ..."
+        terminal.console(stderr=True).print(told, markup=False, highlight=False, soft_wrap=True)
     from reftune.cli.results import print_training, print_users
     from reftune.runs import run_training
     from reftune.users.run import run_users

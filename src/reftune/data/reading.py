@@ -237,7 +237,7 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
         if not line.strip():
             continue
         try:
-            item = parse_json(line, f"{path}, row {number}")
+            item = parse_json(line.rstrip("\r\n"), f"{path}, row {number}")
         except json.JSONDecodeError as error:
             raise ReftuneError(f"{path}: not valid JSON at line {number}, column {error.colno}: {error.msg}") from error
         yield RawRow(str(path), number, _mapping(item, f"{path}, row {number}"))

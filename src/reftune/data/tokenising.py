@@ -135,7 +135,7 @@ class Encoding:
         return str(self.tokenizer.decode(self.opening_ids, skip_special_tokens=True)).strip()
 
     def _ids(self, texts: list[str], *, bos: bool = True) -> list[list[int]]:
-        ids = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False).input_ids)
+        ids = cast("list[list[int]]", self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
         start = self._bos() if bos else None
         if start is None:
             return ids
@@ -337,7 +337,7 @@ def _encode_labelled(
             label = known
         else:
             raise ReftuneError(f"{_where(row)}label {row.label!r} is not among the classes: {', '.join(names)}")
-        whole = encoding.tokenizer(row.text, row.text_pair)
+        whole = encoding.tokenizer(row.text, row.text_pair, verbose=False)
         if encoding.limit is not None and len(whole.input_ids) > encoding.limit:
             if encoding.on_long_prompt == "error":
                 raise ReftuneError(

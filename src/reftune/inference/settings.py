@@ -53,3 +53,16 @@ class BaseModel:
     dtype: str | None = option(None, MODEL, "Data type; default: as trained.")
     device: str | None = option(None, MODEL, "cpu, cuda, ...; default: the best there is.")
     scale: float = option(1.0, MODEL, "Multiply the edit: 0.5 is half of it, below 0 the other way.")
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+
+
+def check_scale(scale: float) -> None:
+    """Refuse what an edit cannot be multiplied by.
+
+    Raises:
+        ReftuneError: no number, or one that is past a million either way.
+    """
+    if not abs(scale) <= 1e6:
+        raise ReftuneError(f"scale={scale}: must be a number, at most a million either way.")

@@ -2,6 +2,6 @@
 
 Open `files.py` for how a file is written, `json_files.py` for how one is read that somebody else may have written,
 `targets.py` for where anything may be written at all, `locks.py` for one run at a time, `terminal.py` for what a
-terminal is shown, `documents.py` for pages made of templates and for tables, `pictures.py` for how a figure begins and
-ends. Imports only `errors`.
+terminal is shown, `interrupt.py` for what Ctrl-C does, `documents.py` for pages made of templates and for tables,
+`pictures.py` for how a figure begins and ends. Imports only `errors`.
 """

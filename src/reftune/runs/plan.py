@@ -23,25 +23,34 @@ def plan_of(recipe: TrainRecipe, model: Any, train_set: Any, eval_set: Any) -> s
     Args:
         recipe: `fitted` to the model and the rows.
         model: with the adapter on it.
-        train_set: tokenised rows.
+        train_set: tokenised rows; of rows that are streamed, the first.
         eval_set: the held-out ones, or None.
     """
     base, lengths = model.get_base_model(), list(map(len, train_set["input_ids"]))
-    layers = recipe.layers if isinstance(recipe.layers, list) else [recipe.layers]
-    rows, trained = len(lengths), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = len(lengths)
     steps = math.ceil(rows / recipe.rows_of_a_step)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     held += int(recipe.batch_size) * max(lengths) * bytes_of_a_token(base)
     learnt = f", {learnt_tokens(train_set):,} of them learnt" if recipe.task == "completion" else ""
+    read = "rows as they are read" if recipe.streaming else f"{rows:,} rows, {sum(lengths):,} tokens{learnt}"
     epochs = f"{recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}"
     course = f"{epochs} of {steps:,}" if recipe.max_steps is None else f"{recipe.max_steps:,}"
     passes = f" in {recipe.gradient_accumulation} passes" if recipe.gradient_accumulation > 1 else ""
     return (
-        f"{rows:,} rows, {sum(lengths):,} tokens{learnt}; {0 if eval_set is None else len(eval_set):,} rows held out\n"
-        f"{recipe.method}, rank {recipe.rank}, layers {','.join(map(str, layers))}, positions {recipe.positions}: "
-        f"{trained:,} trainable parameters\n"
+        f"{read}; {0 if eval_set is None else len(eval_set):,} rows held out\n"
+        f"{settings_line(recipe, model)}\n"
         f"{course} steps of {recipe.rows_of_a_step} rows{passes}, learning rate {recipe.lr:g}; "
         f"memory up to about {held / 2**30:.1f} GiB"
+    )
+
+
+def settings_line(recipe: TrainRecipe, model: Any) -> str:
+    """What is trained, and how many parameters; arguments as for `plan_of`."""
+    layers = recipe.layers if isinstance(recipe.layers, list) else [recipe.layers]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        f"{recipe.method}, rank {recipe.rank}, layers {','.join(map(str, layers))}, positions {recipe.positions}: "
+        f"{trained:,} trainable parameters"
     )
 
 

@@ -24,7 +24,7 @@ from reftune.runs.known_settings import KNOWN
 
 _Made = TypeVar("_Made")
 _MOST = 10**12
-"""Of any number: past it are slips of the keyboard, and what libraries cannot count."""
+"""Of a number without a bound of its own: past it are slips of the keyboard, and what libraries cannot count."""
 _MOST_VALUES = 100_000
 """Of a recipe; with aliases a short file can stand for more than any memory holds."""
 _ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"), ("like", "budget"))
@@ -34,7 +34,16 @@ _ONE_OF_TWO = (("eval_file", "eval_fraction"), ("warmup_ratio", "warmup_steps"),
 def option(
     default: Any, group: str, text: str, unit: str = "", aka: tuple[str, ...] = (), least: int | None = None
 ) -> Any:
-    """A field with its help. `aka`: what other libraries call it, so that an unknown key can name ours."""
+    """A field with its help.
+
+    Args:
+        default: the field's own.
+        group: where the help has it.
+        text: the help.
+        unit: of its values.
+        aka: what other libraries call it, so that an unknown key can name ours.
+        least: of a number; one without has both its bounds checked by its class.
+    """
     return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka, "least": least})
 
 
@@ -183,7 +192,7 @@ def read_number(name: str, value: Any, *, whole: bool = False, least: int | None
         number = math.nan
     enough = number > 0 if least is None else number >= least
     if not enough or number > _MOST or (whole and not number.is_integer()):
-        bound = "above 0" if least is None else f"of at least {least}"
+        bound = ("above 0" if least is None else f"of at least {least}") + f" and at most {_MOST:,}" * (number > _MOST)
         unit = f" ({unit})" if unit else ""
         raise ReftuneError(f"{name}={value!r}: give {'a whole number' if whole else 'a number'} {bound}{unit}.")
     return int(number) if whole else number
@@ -206,7 +215,10 @@ def read_layers(value: Any) -> int | list[int] | str:
     except ValueError:
         numbers = []
     if not numbers or any(isinstance(part, bool) for part in parts):
-        raise ReftuneError(f"layers={value!r}: write a layer number (8), several (3,9,18) or all; -1 is the last.")
+        raise ReftuneError(
+            f"layers={value!r}: write a layer number (8), several (3,9,18) or all; -1 is the last, 8/32 the one as "
+            "deep as 8 is of 32 (0/32 to 31/32)."
+        )
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -363,13 +375,15 @@ def coerce(item: Field[Any], kinds: Any, value: Any) -> Any:
             number = float(value) if not isinstance(value, bool) else math.nan
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not abs(number) <= _MOST or (wanted is int and not number.is_integer()):
+        if math.isnan(number) or (wanted is int and not number.is_integer()):
+            other = [f" or {word}" for option in options for word in typing.get_args(option)]
             what = "a whole number" if wanted is int else "a number"
-            raise ReftuneError(f"{item.name}={value!r}: give {what}{unit}.")
+            raise ReftuneError(f"{item.name}={value!r}: give {what}{unit}{''.join(other)}.")
         number = int(number) if wanted is int else number
         least = item.metadata["least"]
-        if least is not None and number < least:
-            raise ReftuneError(f"{item.name}={number}: must be at least {least}.")
+        if least is not None and not least <= number <= _MOST:
+            most = f" and at most {_MOST:,}" if number > _MOST else ""
+            raise ReftuneError(f"{item.name}={number}: must be at least {least}{most}.")
         return number
     if len(options) == 1 or options == (str, type(None)):
         if not isinstance(value, (str, int, float)) or isinstance(value, bool):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import EarlyStoppingCallback, get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
 
 from reftune import models
 from reftune.data.showing import show_examples
@@ -25,6 +27,7 @@ from reftune.engine.transformers_names import checkpointing_arguments
 from reftune.errors import ReftuneError
 from reftune.inference.loading import EditedModel, within_context
 from reftune.output.files import write_text
+from reftune.output.json_files import read_json_object
 from reftune.runs import processes
 from reftune.runs.fingerprint import check_resumed, fingerprint
 from reftune.runs.known_settings import told_as_keys
@@ -166,7 +169,7 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
     count = 0 if recipe.streaming else len(train_set)
     shown = Dataset.from_list(list(islice(train_set, _LOOKED_AT))) if recipe.streaming else train_set
     recipe = processes.from_first("fitted", lambda: ready.recipe.fitted(model.get_base_model(), shown))
-    plan = Plan(replace(recipe, quiet=recipe.quiet or recipe.streaming), model, shown, eval_set, console)
+    plan = Plan(recipe, model, shown, eval_set, console)
     with held_output(recipe, place):
         trainer = ReftTrainer(
             model=model,
@@ -179,7 +182,7 @@ def train_and_write(ready: Prepared, place: OutputPlace, console: Console) -> Tr
         )
         if ready.no_prefixes is not None:
             trainer.prefixes.switch_off(ready.no_prefixes)
-        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, ready.digest), console)
+        begin_training(recipe, place, trainer, fingerprint(train_set, eval_set, ready.digest, model.dtype), console)
         train_until_done(trainer, recipe, place)
         counts = {"train_rows": count or None, "eval_rows": len(ready.held_out)}
         metrics = {**trainer.report(), **counts, **ready.report(trainer)}
@@ -203,6 +206,7 @@ def begin_training(
     """
     if place.checkpoint is not None:
         check_resumed(recipe, place.folder, found)
+        _check_more_to_train(recipe, Path(place.checkpoint))
     _check_optimizer(trainer, recipe)
     if processes.rank() > 0:
         return
@@ -212,6 +216,21 @@ def begin_training(
         show_examples(trainer.train_dataset, tokenizer, positions.ordinals, recipe.show, console)
     with readable_disk_errors(place.output):
         begin_output(recipe, place, found)
+
+
+def _check_more_to_train(recipe: TrainRecipe, checkpoint: Path) -> None:
+    """Refuse a resumed run that asks for less than is done, and say where nothing is left."""
+    state = read_json_object(checkpoint / TRAINER_STATE_NAME)
+    done, epochs = state["global_step"], state.get("epoch") or math.inf
+    wanted = recipe.max_steps or math.ceil(recipe.epochs * done / epochs - 1e-6)
+    asked = f"max_steps={recipe.max_steps}" if recipe.max_steps else f"epochs={recipe.epochs:g}"
+    if done > wanted > 0:
+        raise ReftuneError(
+            f"resume: {checkpoint.name} has {done:,} steps behind it (epoch {epochs:g}), and {asked} asks for fewer: "
+            "ask for more, or train without --resume."
+        )
+    if done == wanted and processes.rank() == 0:
+        logger.warning("Nothing is left to train: %s has all the steps of %s behind it.", checkpoint.name, asked)
 
 
 def _check_optimizer(trainer: ResumableTrainer, recipe: TrainRecipe) -> None:

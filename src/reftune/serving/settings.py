@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from reftune.errors import ReftuneError
@@ -49,8 +48,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ReftuneError(f"port={self.port}: must lie between 0 and 65535.")
-        if not 0 < self.timeout < math.inf:
-            raise ReftuneError(f"timeout={self.timeout}: must be a number of seconds above 0.")
+        if not 0 < self.timeout <= 1e9:
+            raise ReftuneError(f"timeout={self.timeout}: must be above 0 and at most 1,000,000,000 seconds.")
         least = {"max_model_len": 2, "cache_tokens": 256, "batch_tokens": 16}
         for name in ("max_prompt_tokens", "max_new_tokens", "max_requests", "max_body", "adapter_memory", *least):
             value, lowest = getattr(self, name), least.get(name, 1)

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from reftune.output.interrupt import interrupt
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,7 +80,8 @@ class InterruptCallback(TrainerCallback):
         before = {}
         if threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        ours = {n: found for n, found in before.items() if found in (signal.default_int_handler, signal.SIG_DFL)}
+        plain = (signal.default_int_handler, signal.SIG_DFL, interrupt)
+        ours = {number: found for number, found in before.items() if found in plain}
         for number in ours:
             signal.signal(number, self._pressed)
         self.alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)

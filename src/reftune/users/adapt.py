@@ -61,6 +61,7 @@ def adapt_user(
     store = UserStore.open(Path(folder).expanduser())
     check_user_name(user)
     refuse_if_locked(store.path)
+    store.check_files()
     if not store.has_shared:
         raise ReftuneError(
             f"{store.path} has no shared part, beside which a bias could be a user's own: train the store with --share "

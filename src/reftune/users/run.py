@@ -30,6 +30,7 @@ from reftune.output.locks import only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
 from reftune.runs.fingerprint import FINGERPRINT_FILE, base_digest, check_resumed, fingerprint, write_fingerprint
 from reftune.runs.output_folder import METRICS_FILE, readable_disk_errors, write_recipe
+from reftune.runs.plan import settings_line
 from reftune.runs.recipe import BIAS_RATE, RUN_FILE, TrainRecipe
 from reftune.runs.steps import TrainingInterrupted, attach_edit, encode_rows, load_base, training_arguments
 from reftune.training.prefix.switch import PrefixSwitch
@@ -72,10 +73,12 @@ def run_users(recipe: TrainRecipe, console: Console | None = None) -> UsersRun:
         ReftuneError: anything the user can mend, naming the row or the field; nothing has been changed then.
         TrainingInterrupted: after Ctrl-C; the users that are done are in the store.
     """
-    console = console or terminal.console(stderr=True)
+    console = console or terminal.console(stderr=True, quiet=recipe.quiet)
     output = Path(recipe.output).expanduser()
     _check_output(recipe, output)
     examples = read_users(recipe)
+    train, held = (sum(len(own[which]) for own in examples.values()) for which in (0, 1))
+    print_line(console, f"{len(examples):,} users, {train:,} rows; {held:,} rows held out")
     transformers.set_seed(recipe.seed)
     base, tokenizer = load_base(recipe)
     digest = base_digest(base)
@@ -85,7 +88,9 @@ def run_users(recipe: TrainRecipe, console: Console | None = None) -> UsersRun:
         start_from(model, recipe.init_from)
     users, found, rows = encoded_users(recipe, model, tokenizer, examples)
     recipe = recipe.fitted(model.get_base_model(), rows)
-    found = {**found, "model": digest}
+    found = {**found, "model": digest, "dtype": str(base.dtype)}
+    whose = "of each user" if recipe.share is None else "that all share, but for each user's bias"
+    print_line(console, f"{settings_line(recipe, model)} {whose}; learning rate {recipe.lr:g}")
     begun = time.monotonic()
     prefixes = PrefixSwitch(recipe.prefix_reuse, None, [user.train for user in users])
     training = Training(recipe, model, tokenizer.pad_token_id, prefixes, output, users)

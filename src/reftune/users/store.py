@@ -290,6 +290,16 @@ class UserStore:
                     problems.append(str(error))
         return problems
 
+    def check_files(self) -> None:
+        """Open every file that the index names, and read no user: what ``write`` would refuse is refused before work.
+
+        Raises:
+            ReftuneError: a file that is missing, cut off, damaged, a link or of another store.
+        """
+        with self._reading() as db:
+            for (number,) in db.execute("SELECT shard FROM shards"):
+                self._shard(number)
+
     # Changing it
 
     def write(self, users: Mapping[str, Mapping[str, Tensor]]) -> None:
