@@ -30,6 +30,9 @@ def test_the_report_is_written_again_without_running(cli, recipe: Path) -> None:
     result = cli("compare", recipe.parent / "out", "--report-only")
     assert result.exit_code == 0, result.output
     assert page.is_file() and "1/2" not in result.stderr
+    table, _, rest = result.stdout.partition("In the report, for want of room here: ")
+    assert max(map(len, table.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in table
+    assert "too few rows, one seed" in table and "Training" in rest
 
 
 def test_only_a_named_method_runs(cli, recipe: Path, tmp_path: Path) -> None:
@@ -58,7 +61,7 @@ def test_a_wrong_flag_is_one_message(cli, recipe: Path, tmp_path: Path, flags: t
 def test_help_names_units_and_defaults(cli) -> None:
     result = cli("compare", "--help")
     assert result.exit_code == 0
-    assert "--report-only" in result.stdout and "[default: 1]" in result.stdout
+    assert "--report-only" in result.stdout and "[default: 1; x>=1]" in result.stdout
 
 
 def test_flags_add_the_rivals_that_train_nothing(cli, recipe: Path, tmp_path: Path) -> None:
