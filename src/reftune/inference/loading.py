@@ -21,7 +21,7 @@ from reftune.data.templates import resolve_template
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.inference.settings import check_scale
-from reftune.runs.fingerprint import warn_of_other_base
+from reftune.runs.fingerprint import other_base
 from reftune.runs.recipe import RUN_FILE, TrainRecipe
 from reftune.runs.recipe_values import (
     coerce,
@@ -102,10 +102,12 @@ def load_edited(
     base, tokenizer = models.load(
         name, dtype or recorded.get("dtype"), device, quantization=quantization or recorded.get("quantization")
     )
-    warn_of_other_base(folder, base)
+    warning = other_base(folder, base)
     encoding = recorded_encoding(folder, tokenizer, template, system_prompt, chat_template_kwargs)
     models.fit_to_tokenizer(base, encoding.tokenizer)
     edited = load_adapter(base, folder)
+    if warning:
+        logger.warning(warning)
     edited.eval()
     set_scale(edited, scale)
     return EditedModel(edited, encoding.tokenizer, within_context(encoding, base), folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,8 +38,6 @@ _DIGESTED = {
 }
 """Fields whose content counts rather than their name, and what the content is called."""
 
-logger = logging.getLogger(__name__)
-
 
 def fingerprint(train_set: Any, eval_set: Any, base: str, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Digests of what a recipe only names, by field.
@@ -64,8 +61,8 @@ def base_digest(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def warn_of_other_base(folder: Path, base: nn.Module, digest: Callable[[nn.Module], str] = base_digest) -> None:
-    """Log a warning where a run says that it was trained on other weights than a base's, in the same dtype.
+def other_base(folder: Path, base: nn.Module, digest: Callable[[nn.Module], str] = base_digest) -> str | None:
+    """What to say where a run was trained on other weights than a base's, in the same dtype; else None.
 
     Another dtype or a quantised base has other bits, and folders without a fingerprint say nothing: neither is told.
 
@@ -79,12 +76,12 @@ def warn_of_other_base(folder: Path, base: nn.Module, digest: Callable[[nn.Modul
     """
     known = folder / FINGERPRINT_FILE
     found = read_json_object(known, "restore it, or delete it") if known.is_file() else {}
-    if found.get("dtype") == str(base.dtype) and found.get("model") != digest(base):
-        logger.warning(
-            "%s was trained on other weights than those of this base model, though their shapes agree: what it does "
-            "here was never measured. Name the base that it was trained on.",
-            folder,
-        )
+    if found.get("dtype") != str(base.dtype) or found.get("model") == digest(base):
+        return None
+    return (
+        f"{folder} was trained on other weights than those of this base model, though their shapes agree: what it does "
+        "here was never measured. Name the base that it was trained on."
+    )
 
 
 def write_fingerprint(folder: Path, found: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -33,7 +34,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from reftune.engine.packed import CARRIED, Carried, CarriedEdits, carry, settings
 from reftune.engine.transformers_names import page_of
 from reftune.errors import ReftuneError
-from reftune.runs.fingerprint import base_digest, warn_of_other_base
+from reftune.runs.fingerprint import base_digest, other_base
 from reftune.serving.bank import Bank, Held
 from reftune.serving.packed_attention import attending_by_request
 from reftune.serving.packed_edits import PackedEdits
@@ -42,6 +43,7 @@ from reftune.serving.sampling import Choosing
 from reftune.users.names import is_store
 
 ANSWER = "reftune_answer"
+logger = logging.getLogger(__name__)
 _Item = tuple[list[Token], Finish | None] | Exception
 
 
@@ -264,7 +266,8 @@ class EmbeddedEngine:
         if folder not in self._judged:
             self._judged.add(folder)
             with suppress(ReftuneError):  # a damaged fingerprint says nothing of the base
-                warn_of_other_base(folder, self.model, self._digest)
+                if warning := other_base(folder, self.model, self._digest):
+                    logger.warning(warning)
 
     # Answers
 
