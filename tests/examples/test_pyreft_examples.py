@@ -169,6 +169,21 @@ def test_preferences_train_with_trl(tiny: str) -> None:
     assert after > before
 
 
+def test_sums_are_rewarded_for_the_number_and_for_its_place_and_train(tiny: str) -> None:
+    pytest.importorskip("trl", reason="pip install 'reftune[trl]'")
+    from examples import grpo_arithmetic
+
+    answers = [" 7.", " 7.\n8", " 7", " that 7.", " 12. 7", "?"]
+    assert grpo_arithmetic.reward(answers, ["7"] * 6) == [1.5, 1.5, 1.0, 1.0, 0.5, 0.0]
+    learned, held_out = grpo_arithmetic.sums()
+    assert len({row["prompt"] for row in learned + held_out}) == 81
+    with (Path(__file__).parents[2] / "recipes" / "rewards" / "sums.csv").open(encoding="utf-8") as file:
+        rows = [{"prompt": f"What is {row['prompt']}? It is", "answer": row["answer"]} for row in csv.DictReader(file)]
+    assert rows == learned, "the recipe's rows"
+    first, last = grpo_arithmetic.main(["--model", tiny, "--steps", "3"])
+    assert 0 <= first <= 1.5 and 0 <= last <= 1.5
+
+
 def test_a_reward_model_prefers_the_chosen_answers(tiny: str) -> None:
     from examples import reward_model
 

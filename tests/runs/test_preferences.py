@@ -134,6 +134,14 @@ def test_an_adapter_learns_to_be_rewarded(opinionated: Path, tmp_path: Path) -> 
     )
 
 
+def test_the_shipped_recipe_trains(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)  # the recipe names its rows and its reward from there
+    changes = {"model": str(tiny), "limit_rows": 4, "epochs": 1, "device": "cpu", "output": str(tmp_path / "out")}
+    run = run_training(resolve_recipe(root / "recipes" / "rewards" / "sums.yaml", changes))
+    assert run.metrics["steps"] == 2 and 0 <= run.metrics["reward"] <= 1.5
+
+
 def test_the_last_number_is_what_counts() -> None:
     assert numeric(["It is 1,250.", "7, no: 8", "none"], answer=["so #### 1250", 7, "3"]) == [1.0, 0.0, 0.0]
     with pytest.raises(ReftuneError, match="column with the right answer"):
