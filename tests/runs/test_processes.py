@@ -27,6 +27,7 @@ from reftune.runs.fingerprint import check_resumed
 from reftune.runs.output_folder import write_recipe
 from reftune.runs.recipe import TrainRecipe
 from tests.cli.tiny_folder import save_tiny_model, write_rows
+from tests.tiny_classifier import glue_rows, save_tiny_encoder, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,13 @@ def started(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def losses(folder: Path) -> list[float]:
+def history(folder: Path) -> list[dict[str, Any]]:
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history for key in ("loss", "eval_loss") if key in entry]
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry[key] for entry in history(folder) for key in ("loss", "eval_loss") if key in entry]
 
 
 def check_equal(some: Path, other: Path) -> None:
@@ -84,6 +88,42 @@ def test_a_launchers_processes_train_what_one_does_and_one_goes_on_with_it(flags
     for name in ("two", "one"):
         alone(flags, tmp_path / name, "--epochs", 3, "--resume")
     check_equal(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_classifier_and_a_stream_are_what_one_process_trains(flags: list[str], tmp_path: Path) -> None:
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    settings = json.loads((encoder / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own noise
+    (encoder / "config.json").write_text(json.dumps(settings | still))
+    train, held = (
+        write_jsonl(tmp_path / f"{name}.jsonl", glue_rows("sst2", count))
+        for name, count in (("train", 24), ("held", 21))
+    )
+    stream = write_jsonl(tmp_path / "s.jsonl", [{"prompt": f"say {n}", "completion": f"be {n * 7}"} for n in range(20)])
+    shared = ["--lr", "0.02", "--dtype", "float64", "--log-every", "1", "--no-tensorboard", "--device", "cpu"]
+    classify = [
+        "train", "--task", "classification", "--train-file", train, "--eval-file", held, "--test-file", held, "--model",
+        encoder, "--rank", "1", "--epochs", "2", *shared,
+    ]  # fmt: skip
+    streamed = ["train", "--train-file", stream, "--model", flags[4], "--streaming", "--max-steps", "7", *shared]
+    for name, command in (("classified", classify), ("streamed", streamed)):
+        command = [str(part) for part in command]
+        two, one = tmp_path / f"{name}-2", tmp_path / f"{name}-1"
+        run = started(["reftune", *command, "--batch-size", "4", "--processes", "2", "--output", str(two)])
+        _, err = run.communicate(timeout=280)
+        assert run.returncode == 0, err
+        alone(command, one, "--batch-size", 8)
+        histories = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (two, one)]
+        assert histories[0] == pytest.approx(histories[1], rel=1e-6) and len(histories[0]) in (6, 7)
+        found, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (two, one))
+        assert found["tokens"] == expected["tokens"] and found["steps"] == expected["steps"]
+        if name == "classified":
+            for part in ("validation", "test"):
+                assert found[part]["score"] == expected[part]["score"] and found[part]["rows"] == 21
+                assert found[part]["loss"] == pytest.approx(expected[part]["loss"], rel=1e-6)
+            parts = tmp_path / "classified-accumulated"
+            alone(command, parts, "--batch-size", 4, "--gradient-accumulation", 2)
+            assert [e["loss"] for e in history(parts) if "loss" in e] == pytest.approx(histories[1], rel=1e-6)
 
 
 def test_a_killed_process_ends_the_run_which_then_goes_on(flags: list[str], tmp_path: Path) -> None:

@@ -123,9 +123,15 @@ class ReftTrainer(ResumableTrainer):
         return losses.sum() / (items if model.training and items is not None else len(losses)), outputs
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Trainer's; of pairs, of which each counts once however long, their number."""
+        """Trainer's; of pairs, of which each counts once however long, their number; none of a classifier's rows.
+
+        A classifier's loss is the mean of its rows already, and would be multiplied by processes and micro-batches.
+        """
         if getattr(self.args, "objective", "completion") == "reps":
             return sum(len(batch["labels"]) // 2 for batch in batch_samples)
+        labels = batch_samples[0].get("labels") if batch_samples and isinstance(batch_samples[0], dict) else None
+        if isinstance(labels, Tensor) and labels.ndim == 1:
+            return None
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
