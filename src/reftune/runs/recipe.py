@@ -170,7 +170,9 @@ class TrainRecipe:
         None, "Model", "float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32.", aka=("torch_dtype",)
     )
     device: str | None = _option(None, "Model", "cpu, cuda, cuda:1, mps; default: the best there is.")
-    quantization: Literal["4bit", "8bit"] | None = _option(None, "Model", "Load the base in 4 or 8 bits (CUDA).")
+    quantization: Literal["4bit", "8bit"] | None = _option(
+        None, "Model", "Load the base in 4 or 8 bits (bitsandbytes; also on a CPU)."
+    )
     like: Literal["blog", "paper", "serving"] | None = _option(
         None, "Adapter",
         "Settings that others use: blog (one layer, l1), paper (all layers, f7+l7), serving (nothing at decode steps).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -50,6 +50,8 @@ def tensor_values(tensor: Tensor) -> tuple[Any, ...]:
     """The sum of a tensor's bits and some of its values: enough to tell weights apart."""
     if tensor.is_meta or tensor.numel() == 0:
         return ()
+    if hasattr(tensor, "__tensor_flatten__"):  # made of others, as quantised ones are
+        return tuple(tensor_values(getattr(tensor, name)) for name in cast(Any, tensor).__tensor_flatten__()[0])
     found = tensor.detach()
     if found.is_complex():
         found = torch.view_as_real(found)

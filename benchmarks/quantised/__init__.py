@@ -1,0 +1,1 @@
+"""Quantised bases on a CPU: the memory that edits and LoRA take there."""
