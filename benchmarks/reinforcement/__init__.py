@@ -1,0 +1,1 @@
+"""Reinforcement learning of edits beside LoRA: reward by step and by second."""
