@@ -39,10 +39,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LORA = "LoRA r1 each"
 RATES: dict[str, list[dict[str, float]]] = {
-    "one adapter for all, r4": [{"lr": 1e-3}, {"lr": 4e-3}],
-    "own adapters, r1": [{"lr": 4e-3}, {"lr": 1.2e-2}],
-    "shared rotation, own bias, r4": [{"lr": 2e-3, "bias_lr": 2e-3 * times} for times in (10, 50, 250)],
-    LORA: [{"lr": 3e-3}, {"lr": 1e-2}],
+    "one adapter for all, r4": [{"lr": 1e-3}, {"lr": 4e-3}, {"lr": 1.2e-2}],
+    "own adapters, r1": [{"lr": 4e-3}, {"lr": 1.2e-2}, {"lr": 3.6e-2}],
+    "shared rotation, own bias, r4": [{"lr": 2e-3, "bias_lr": 2e-3 * times} for times in (10, 50, 250, 1250)],
+    LORA: [{"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2}],
 }
 Rows = dict[str, dict[str, list[dict[str, str]]]]
 
