@@ -30,7 +30,7 @@ from typing import Any
 from peft import get_peft_model
 
 from benchmarks.many_users import evidence
-from benchmarks.many_users.evidence import KINDS, LORA, RATES, Figures, drawn, encoded, figures, loaded
+from benchmarks.many_users.evidence import KINDS, LORA, OWN, RATES, Figures, drawn, encoded, figures, loaded
 from benchmarks.many_users.styles import HABITS, rows_of
 from reftune.runs.recipe import TrainRecipe
 from reftune.runs.steps import training_arguments
@@ -122,12 +122,12 @@ def gather(
         chosen[kind] = min(zip(choices, tried, strict=True), key=lambda pair: pair[1].loss)[0]
     results: dict[str, list[Figures]] = {}
     for seed in range(seeds):
-        for kind in ("base", *KINDS, LORA):
-            rows = drawn(seed, every=len(HABITS) // lora_users if kind == LORA else 1)
-            rates = chosen.get(kind, {})
-            results.setdefault(kind, []).append(
-                found(f"{kind} {rates} held out, seed {seed}", kind, rates, rows, "held_out", seed, True)
-            )
+        few = drawn(seed, every=len(HABITS) // lora_users)
+        for kind, rows in (*((kind, drawn(seed)) for kind in ("base", *KINDS)), (OWN, few), (LORA, few)):
+            rates, some = chosen.get(kind, {}), rows is few
+            name = f"{kind} ({lora_users} users)" if some else kind
+            key = f"{name if kind == OWN else kind} {rates} held out, seed {seed}"
+            results.setdefault(name, []).append(found(key, kind, rates, rows, "held_out", seed, True))
     return chosen, results
 
 
@@ -137,11 +137,11 @@ def table(chosen: dict[str, Any], results: dict[str, list[Figures]]) -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for kind, runs in results.items():
-        rates = ", ".join(f"{name} {value:g}" for name, value in chosen.get(kind, {}).items()) or "none"
+        own = chosen.get(kind.partition(" (")[0], {})
+        rates = ", ".join(f"{name} {value:g}" for name, value in own.items()) or "none"
         parts = [spread([run.loss for run in runs], "{:.2f}"), spread([100 * run.habit for run in runs], "{:.0f} %")]
-        only = f" ({runs[0].users} users)" if runs[0].users < len(HABITS) else ""
         lines.append(
-            f"| {kind}{only} | {rates} | {parts[0]} | {parts[1]} | {mean(run.seconds for run in runs):.1f} | "
+            f"| {kind} | {rates} | {parts[0]} | {parts[1]} | {mean(run.seconds for run in runs):.1f} | "
             f"{runs[0].bytes:,.0f} |"
         )
     return "\n".join(lines)

@@ -32,15 +32,16 @@ EVERYBODY = "everybody"
 EPOCHS, BATCH, NEW_TOKENS = 3, 2, 24
 EDIT = {"method": "loreft", "positions": "l1+generated", "layers": list(range(18, 30))}
 """The upper twelve of SmolLM2's thirty layers, so that what lies below is computed once."""
+OWN = "own adapters, r1"
 KINDS: dict[str, dict[str, Any]] = {
     "one adapter for all, r4": {"rank": 4},
-    "own adapters, r1": {"rank": 1},
+    OWN: {"rank": 1},
     "shared rotation, own bias, r4": {"rank": 4, "share": "rotation"},
 }
 LORA = "LoRA r1 each"
 RATES: dict[str, list[dict[str, float]]] = {
     "one adapter for all, r4": [{"lr": 1e-3}, {"lr": 4e-3}, {"lr": 1.2e-2}],
-    "own adapters, r1": [{"lr": 4e-3}, {"lr": 1.2e-2}, {"lr": 3.6e-2}],
+    OWN: [{"lr": 4e-3}, {"lr": 1.2e-2}, {"lr": 3.6e-2}],
     "shared rotation, own bias, r4": [{"lr": 2e-3, "bias_lr": 2e-3 * times} for times in (10, 50, 250, 1250)],
     LORA: [{"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2}],
 }
