@@ -122,11 +122,14 @@ class Intervention(nn.Module):
         for name in self.active_names(plan.row_adapters):
             if plan.adapters is not None and name not in plan.adapters:  # attached since the forward began
                 continue
-            placement = self.placements[name]
+            try:
+                placement, parts = self.placements[name], self.parts(name)
+            except KeyError:  # detached since, by another thread
+                continue
             if placement.site.module_path != module_path or placement.site.side != side:
                 continue
             _check_channels(placement.site, hidden)
-            for part, edit in self.parts(name):
+            for part, edit in parts:
                 rows = plan.rows(placement.positions, part, hidden, name)
                 if rows is not None:
                     directions = plan.directions(rows, hidden, name)

@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 
 EDITS = ("consreft", "direft", "direft_orthogonal", "gated", "lobireft", "loreft", "nodireft", "noreft")
 """The library's own edits, for the help: `available_edits()` without importing torch."""
-BIAS_RATE = 25.0
-"""How many times the learning rate of what users share the biases take; 10 to 250 did well, not measured further."""
+BIAS_RATE = 500.0
+"""How many times the shared rate the biases take; at 0.5 to 1 a step they did best in `benchmarks/many_users`."""
 _NO_EDITS = ("lora", "dora", "ia3", "prefix", "prompt", "full")
 LOGGERS = ("tensorboard", "trackio", "wandb")
 RUN_FILE = "run.yaml"
