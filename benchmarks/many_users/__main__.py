@@ -2,14 +2,15 @@
 
 ::
 
-    python -m benchmarks.many_users cost [--users 32] [--alone 6] [--processes 2]
+    python -m benchmarks.many_users cost [--users 32] [--alone 6] [--processes 2] [--longer 1]
     python -m benchmarks.many_users evidence [--seeds 1] [--rate-users 5] [--lora-users 8]
 
 ``cost``: users of 20 rows, DiReFT r1 of all layers at l1+generated, batch 2, two epochs. The cohort is measured whole; of
 trainings one after the other (in one process, prefix reuse on) and of `reftune train` processes a few are measured, and
-scaled. ``evidence``: forty users with a habit each (`styles.py`), 12 rows to train on, 4 that choose the rates, 4 held
-out. Rates are chosen on some of the users with the first seed. Every figure is kept in a file as soon as it is there, and
-a run that is begun again goes on from it. Both print Markdown; ``evidence`` draws docs/images/many-users.png.
+scaled; ``--longer 5``: with answers five times as long. ``evidence``: forty users with a habit each (`styles.py`), 12
+rows to train on, 4 that choose the rates, 4 held out. Rates are chosen on some of the users with the first seed. Every
+figure is kept in a file as soon as it is there, and a run that is begun again goes on from it. Both print Markdown;
+``evidence`` draws docs/images/many-users.png.
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ def children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def cost(users: int, alone: int, processes: int, folder: Path) -> None:
+def cost(users: int, alone: int, processes: int, longer: int, folder: Path) -> None:
     """Print CPU seconds of each way to train."""
     rows = {f"user-{number:02}": rows_of(HABITS[number % len(HABITS)], number, 20)["train"] for number in range(users)}
+    for row in (row for own in rows.values() for row in own):
+        row["completion"] = " ".join([row["completion"]] * longer)
     file = folder / "all.jsonl"
     file.write_text("".join(json.dumps({"user": user, **row}) + "\n" for user, own in rows.items() for row in own))
     loaded()
@@ -184,7 +187,7 @@ def main() -> None:
     parser.add_argument("part", choices=["cost", "evidence"])
     parser.add_argument("--folder", type=Path, help="keeps figures and stores; default: a new one")
     for name, default in (
-        ("users", 32), ("alone", 6), ("processes", 2), ("seeds", 1), ("rate-users", 5), ("lora-users", 8)
+        ("users", 32), ("alone", 6), ("processes", 2), ("longer", 1), ("seeds", 1), ("rate-users", 5), ("lora-users", 8)
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--epochs", type=float, default=evidence.EPOCHS)
@@ -194,7 +197,7 @@ def main() -> None:
     folder = given.folder or Path(tempfile.mkdtemp(prefix="many-users-"))
     folder.mkdir(parents=True, exist_ok=True)
     if given.part == "cost":
-        cost(given.users, given.alone, given.processes, folder)
+        cost(given.users, given.alone, given.processes, given.longer, folder)
         return
     chosen, results = gather(given.seeds, given.rate_users, given.lora_users, folder)
     print(table(chosen, results))
