@@ -183,7 +183,10 @@ def test_side_effects_of_every_method_are_against_the_same_base(compared: Compar
     found = {result.method: result.side_effects for result in compared.results}
     names = {"neutral_loss", "neutral_rise", "kl", "repetition", "refused_harmless", "refused_harmful"}
     assert all(set(one) == names for one in found.values())
-    assert (found["base"]["kl"], found["base"]["neutral_rise"]) == (pytest.approx(0, abs=1e-7), pytest.approx(0))
+    assert (found["base"]["kl"], found["base"]["neutral_rise"]) == (
+        pytest.approx(0, abs=1e-7),
+        pytest.approx(0, abs=1e-7),
+    )
     for name, one in found.items():
         before = one["neutral_loss"] - one["neutral_rise"]
         assert before == pytest.approx(found["base"]["neutral_loss"], abs=1e-5), name

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from torch.nn import functional
 
 from reftune.data.collating import CompletionCollator
@@ -72,7 +73,8 @@ class AgainstBase:
         self._base = [_forward(model, batch, forward) for batch in self._batches]
         self.row_tokens = np.array([sum(label >= 0 for label in row["labels"][1:]) for row in rows])
         self.tokens = sum(base.targets.numel() for base in self._base)
-        self.base_loss = sum(map(_loss, self._base)) / self.tokens
+        losses = [_losses(_log_probabilities(base), base).cpu().double().sum().item() for base in self._base]
+        self.base_loss = sum(losses) / self.tokens
 
     def _batched(self, rows: Sequence[Encoded]) -> list[dict[str, Any]]:
         device = next(self.model.parameters()).device
@@ -107,11 +109,11 @@ class AgainstBase:
             now = _forward(self.model if model is None else model, batch, forward)
             if not torch.equal(now.targets, base.targets):
                 raise ReftuneError("Neutral answers have other tokens behind these prompts: they cannot be compared.")
-            after, before = (of.logits[0].float().log_softmax(-1) for of in (now, base))
+            after, before = map(_log_probabilities, (now, base))
             apart = functional.kl_div(after, before, log_target=True, reduction="none").sum(-1)
-            loss = -after.gather(-1, now.targets[0].unsqueeze(-1)).squeeze(-1)
+            loss = _losses(after, now)
             sums = torch.zeros(2, len(batch["input_ids"]), dtype=torch.float64)
-            found.append(sums.index_add_(1, now.rows.cpu(), torch.stack([apart, loss]).double().cpu()))
+            found.append(sums.index_add_(1, now.rows.cpu(), torch.stack([apart, loss]).cpu().double()))
         apart, losses = torch.cat(found, dim=1)[:, np.argsort(self._order)].numpy()
         return apart, losses
 
@@ -129,8 +131,12 @@ def _forward(model: Any, batch: dict[str, Any], forward: Forward) -> SupervisedL
     )
 
 
-def _loss(found: SupervisedLogits) -> float:
-    return functional.cross_entropy(found.logits[0].float(), found.targets[0], reduction="sum").item()
+def _log_probabilities(found: SupervisedLogits) -> Float[Tensor, "tokens vocabulary"]:
+    return found.logits[0].float().log_softmax(-1)
+
+
+def _losses(log_probabilities: Float[Tensor, "tokens vocabulary"], found: SupervisedLogits) -> Float[Tensor, " tokens"]:
+    return -log_probabilities.gather(-1, found.targets[0].unsqueeze(-1)).squeeze(-1)
 
 
 @dataclass(frozen=True)
