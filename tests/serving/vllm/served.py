@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -104,6 +105,11 @@ class Server:
             return status, json.loads(text)
         except ValueError:
             return status, text
+
+    def running(self) -> int:
+        """Requests of which tokens are being written."""
+        _, text = self("/metrics")
+        return int(sum(map(float, re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", text, re.MULTILINE))))
 
     def complete(self, model: str, prompt: list[int], tokens: int = 8, **more: Any) -> tuple[int, Any]:
         body = {

@@ -165,7 +165,7 @@ def _hook_engine_core() -> None:
     from reftune.serving.vllm.startup import refuse, self_test
 
     stock_init, stock_keys = EngineCore.__init__, kv_cache_utils.generate_block_hash_extra_keys
-    stock_caches = EngineCore._initialize_kv_caches
+    stock_caches, stock_add = EngineCore._initialize_kv_caches, EngineCore.preprocess_add_request
 
     @functools.wraps(stock_init)
     def init(self: Any, vllm_config: Any, *rest: Any, **options: Any) -> None:
@@ -186,7 +186,15 @@ def _hook_engine_core() -> None:
             )
         return stock_caches(self, vllm_config)
 
+    @functools.wraps(stock_add)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        # Read here, an adapter that is gone meanwhile ends its request; at a block's key it would end the engine.
+        if request.lora_request is not None and hasattr(self, "reftune_requested"):
+            self.reftune_requested.known(request.lora_request)
+        return stock_add(self, request)
+
     EngineCore.__init__, EngineCore._initialize_kv_caches = init, _initialize_kv_caches
+    EngineCore.preprocess_add_request = preprocess_add_request
     _stock_run_engine_core = EngineCoreProc.run_engine_core
     EngineCoreProc.run_engine_core = staticmethod(run_engine_core)
 
