@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -28,6 +30,8 @@ from tests.training.toy_rows import reft_model, trainer  # noqa: E402
 BLOCK = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
 FSDP = {**BLOCK, "sync_module_states": False, "cpu_ram_efficient_loading": False, "use_orig_params": True}
 ENGINES = ["fsdp2", "zero1", "zero2", "zero3"]
+RESUMES = Version(version("accelerate")) >= Version("1.15")
+"""accelerate 1.10 gives the first process alone the adapter that FSDP 2 resumes from; not looked at between."""
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {"per_device_train_batch_size": 2},
     "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
@@ -97,6 +101,8 @@ def play(engine: str, folder: Path, scenarios: dict[str, dict[str, Any]]) -> dic
         run = made(models.pop(), folder / name, engine, **settings)
         run.train()
         found[name] = outcome(run, folder / name / "saved")
+    if engine == "fsdp2" and not RESUMES:
+        return found
     kept = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None, **scenarios["plain"]}
     made(models.pop(), folder / "kept", engine, max_steps=3, **kept).train()
     again = made(models.pop(), folder / "kept", engine, **kept)
