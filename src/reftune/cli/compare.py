@@ -107,8 +107,8 @@ def compare(
         share_prefixes=share_prefixes,
         report_only=report_only,
     )
-    page, text = write_report(comparison)
-    summaries = summarise(comparison)
+    summaries = summarise(comparison)  # once: it asks the judge
+    page, text = write_report(comparison, summaries)
     columns = result_columns(resolved, summaries)
     console = terminal.console()
     tables = [_table(resolved.title, summaries, columns[:count]) for count in range(1, len(columns) + 1)]

@@ -35,8 +35,12 @@ class Answered:
         return [("expected", self.expected), *((name, text) for name, text, _ in self.answers)]
 
 
-def write_report(comparison: Comparison) -> tuple[Path, Path]:
+def write_report(comparison: Comparison, summaries: Sequence[MethodSummary] | None = None) -> tuple[Path, Path]:
     """Write `report.html`, `report.md` and `figures/` into the comparison's folder; **replaces those there**.
+
+    Args:
+        comparison: what was run.
+        summaries: of `summarise`; None: they are made here.
 
     Returns:
         The HTML file and the Markdown file.
@@ -44,7 +48,7 @@ def write_report(comparison: Comparison) -> tuple[Path, Path]:
     Raises:
         ReftuneError: no run is done yet.
     """
-    summaries = summarise(comparison)
+    summaries = summarise(comparison) if summaries is None else summaries
     if not summaries:
         raise ReftuneError(f"{comparison.recipe.folder} holds no finished run of this recipe; run it first.")
     recipe, pictures = comparison.recipe, draw_pictures(summaries)

@@ -16,7 +16,7 @@ from reftune.adapter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from reftune.edits import FoldedEdit
 from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.errors import ReftuneError
-from reftune.serving.catalogue import refuse_links_out
+from reftune.serving.catalogue import lies_in, refuse_links_out
 from reftune.serving.folded import FoldedAdapter, SiteEdit, read_folded
 from reftune.users.names import is_store
 
@@ -106,7 +106,7 @@ def refuse_outside(path: str) -> Path:
         ReftuneError: it lies in none of the served folders, or a file of it does not.
     """
     folder, allowed = Path(path).expanduser().resolve(), served_folders()
-    if allowed and not any(folder == one or one in folder.parents for one in allowed):
+    if allowed and not lies_in(folder, allowed):
         raise ReftuneError(f"{path}: this server serves adapters of {', '.join(map(str, allowed))} only.")
     if allowed:
         refuse_links_out(folder, allowed)
