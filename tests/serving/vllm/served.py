@@ -13,6 +13,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,20 @@ class Server:
             if session == str(self.process.pid) and state != "Z":
                 found.append(int(entry.name))
         return found
+
+    @contextmanager
+    def slowed(self) -> Iterator[None]:
+        """EngineCore runs for a fiftieth of the time, so that answers last long enough on any machine."""
+        assert self.process is not None
+        engine = " ".join(str(pid) for pid in self.processes() if pid != self.process.pid)
+        turns = f"while kill -STOP {engine} && sleep 0.1 && kill -CONT {engine}; do sleep 0.002; done"
+        with subprocess.Popen(["sh", "-c", turns]) as process:
+            try:
+                yield
+            finally:
+                process.kill()
+                process.wait()
+                subprocess.run(["sh", "-c", f"kill -CONT {engine}"], check=True)
 
     def __call__(
         self, path: str, body: Any = None, key: str | None = "secret", headers: dict[str, str] | None = None

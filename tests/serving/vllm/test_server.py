@@ -132,22 +132,23 @@ def test_requests_in_flight_keep_the_adapter_that_they_began_with(what: str, ser
     before, after = cases.expected([long])[0], cases.expected([cases.request("f7l7_noreft", prompt, tokens=8)])[0]
     assert server.tokens(folder.name, prompt) == before[:8]
     with ThreadPoolExecutor(40) as clients:
-        flying = [clients.submit(server.tokens, folder.name, prompt, new) for _ in range(24)]
-        beside = [clients.submit(server.tokens, request["adapter"], prompt, new) for request in others]
-        while server.running() < len(flying) and not flying[0].done():
-            pass  # an answer takes some tenths of a second
-        if what == "replaced":
-            replaced_by(cases.adapter("f7l7_noreft"), folder)
-        elif what == "damaged":
-            (folder / "adapter_model.safetensors").write_bytes(b"half of it")
-        else:
-            shutil.rmtree(folder)
-        still = server.running()
+        with server.slowed():
+            flying = [clients.submit(server.tokens, folder.name, prompt, new) for _ in range(24)]
+            beside = [clients.submit(server.tokens, request["adapter"], prompt, new) for request in others]
+            while server.running() < len(flying) + len(beside) and not any(future.done() for future in flying):
+                pass
+            if what == "replaced":
+                replaced_by(cases.adapter("f7l7_noreft"), folder)
+            elif what == "damaged":
+                (folder / "adapter_model.safetensors").write_bytes(b"half of it")
+            else:
+                shutil.rmtree(folder)
+            still = server.running()
         time.sleep(1.2)
         status, answer = server.complete(folder.name, prompt)
         assert [future.result() for future in flying] == [before] * len(flying)
         assert [future.result() for future in beside] == cases.expected(others)
-    assert still, "the answers had ended before the folder changed"
+    assert still == len(flying) + len(beside), "answers had ended before the folder changed"
     if what == "deleted":
         assert status == 404, answer
     else:  # a damaged folder is taken up when it is whole again
