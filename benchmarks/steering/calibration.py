@@ -1,10 +1,13 @@
 """How far a calibrated strength is off on rows that did not find it, beside the standard error that steer prints.
 
 `python -m benchmarks.steering.calibration` takes the bundled pirate's direction at two layers and the 160 neutral
-answers. A strength found on half of them is tried on the other half, over 2,000 random halves.
+answers, or those of `--neutral-file`. A strength found on half of them is tried on the other half, over 2,000 random
+halves.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import numpy as np
 
@@ -23,13 +26,19 @@ POSITIONS = "l1+generated"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--neutral-file", help="prompts with plain answers (default: the package's 160)")
+    parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
+    parser.add_argument("--kl", type=float, nargs="+", default=ASKED, metavar="NATS-A-TOKEN")
+    options = parser.parse_args()
     model, tokenizer = models.load("smollm2", device="cpu")
     model.requires_grad_(False)
     encoding, pad = Encoding(tokenizer), int(tokenizer.pad_token_id)
     pirate, plain, many = (
-        encoding.dataset(rows).to_list() for rows in (load_demo(), neutral_rows(), neutral_rows(many=True))
+        encoding.dataset(rows).to_list()
+        for rows in (load_demo(), neutral_rows(), neutral_rows(options.neutral_file, many=True))
     )
-    sites = find_sites(model, "block_output", list(LAYERS))
+    sites = find_sites(model, "block_output", list(options.layers))
     with mean_states(model, [*pirate, *plain], sites, parse_positions(POSITIONS), pad, 8) as states:
         directions = {
             site: find_directions(states[: len(pirate), place], states[len(pirate) :, place])
@@ -42,7 +51,7 @@ def main() -> None:
     for site, direction in directions.items():
         with steered(model, {site: direction}, POSITIONS, rows=many) as on:
             neutral = Neutral(model, many, pad, 8)
-            for asked in ASKED:
+            for asked in options.kl:
                 found, _ = neutral.calibrated(on, asked, 1.0)
                 measured = neutral.effect(on, found.strength)
                 error = (found.told[1] or 0) / asked
