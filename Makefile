@@ -97,5 +97,6 @@ dist: $(READY)
 
 # A CycloneDX list of what `pip install reftune` brings.
 sbom: dist
-	$(BIN)/pip install --quiet -c constraints.txt cyclonedx-bom
-	$(BIN)/cyclonedx-py environment .venv-dist --pyproject pyproject.toml --output-reproducible -o dist/reftune.cdx.json
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
+	.venv-sbom/bin/cyclonedx-py environment .venv-dist --pyproject pyproject.toml --output-reproducible -o dist/reftune.cdx.json
