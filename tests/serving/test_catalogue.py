@@ -1,11 +1,15 @@
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from reftune.errors import ReftuneError
+from reftune.serving import catalogue
 from reftune.serving.bank import Bank
 from reftune.serving.catalogue import Catalogue, is_name, refuse_links_out
+from reftune.users.names import INDEX_FILE
 from tests.users.test_hostile import make_store
 from tests.users.test_store import edit
 
@@ -62,6 +66,58 @@ def test_a_file_that_is_a_link_out_is_refused_and_one_inside_is_not(tmp_path: Pa
     (store / "run.yaml").symlink_to(tmp_path / "secret.jinja")
     with pytest.raises(ReftuneError, match="run.yaml is a link out"):
         refuse_links_out(store / "anna", [store])
+
+
+def test_a_folder_without_links_is_looked_through_once_and_a_link_put_in_later_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    look = catalogue.refuse_links_out
+    monkeypatch.setattr(catalogue, "refuse_links_out", lambda *given: looked.append(given[0]) or look(*given))
+    one = adapter(tmp_path / "served" / "one")
+    served = Catalogue([tmp_path / "served"])
+    for _ in range(2):  # it has just been written: a second change could have the same time
+        served.refuse_links_out(one)
+    assert looked == [one] * 2
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(catalogue.time, "time_ns", lambda: later)
+    os.utime(one, (0, 0))
+    for _ in range(3):
+        served.refuse_links_out(one)
+    assert looked == [one] * 3
+    (one / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ReftuneError, match="tokenizer.json is a link out"):
+        served.refuse_links_out(one)
+    (one / "tokenizer.json").unlink()
+    inside = adapter(tmp_path / "served" / "two")
+    (one / "tokenizer.json").symlink_to(inside / "tokenizer.json")
+    served.refuse_links_out(one)
+    (inside / "tokenizer.json").symlink_to(tmp_path / "secret.json")  # what a link leads to changes without its folder
+    with pytest.raises(ReftuneError, match="tokenizer.json is a link out"):
+        served.refuse_links_out(one)
+
+
+def test_a_folder_that_becomes_a_link_out_or_a_store_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(catalogue.time, "time_ns", lambda: later)
+    store = make_store(tmp_path).path
+    one, other = adapter(tmp_path / "served" / "one"), adapter(tmp_path / "served" / "other")
+    served = Catalogue([tmp_path / "served", store])
+    for folder in (one, other, store / "anna"):
+        os.utime(folder.parent, (0, 0))
+        served.refuse_links_out(folder)
+    (store / "run.yaml").symlink_to(tmp_path / "secret.yaml")
+    with pytest.raises(ReftuneError, match="run.yaml is a link out"):
+        served.refuse_links_out(store / "anna")
+    one.rename(tmp_path / "elsewhere")
+    one.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ReftuneError, match="one is a link out"):
+        served.refuse_links_out(one)
+    (tmp_path / "served" / INDEX_FILE).touch()  # now what lies beside the folder would be read in its place
+    with pytest.raises(ReftuneError, match="one is a link out"):
+        served.refuse_links_out(other)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ from reftune.users.store import UserStore
 CONFIG_FILE = "adapter_config.json"
 _LOOK_AGAIN = 1.0
 """Seconds after which a folder is looked at again."""
+_SETTLED = 2 * 10**9
+"""Nanoseconds after which a change of a folder gets another time than the last, on every file system."""
+_REMEMBERED = 65_536
+"""Folders without links that are remembered."""
 
 
 def lies_in(path: Path, roots: Iterable[Path]) -> bool:
@@ -26,23 +30,30 @@ def lies_in(path: Path, roots: Iterable[Path]) -> bool:
     return any(real == root or real.startswith(root + os.sep) for root in map(os.path.realpath, roots))
 
 
-def refuse_links_out(folder: Path, roots: Collection[Path]) -> None:
-    """Refuse an adapter, or a store's user, whose weights, template or whatever else are links to elsewhere.
+def refuse_links_out(folder: Path, roots: Collection[Path]) -> bool:
+    """Refuse an adapter, or a store's user, that is a link to elsewhere, or of which a file is one.
 
     Args:
         folder: of the adapter, or ``STORE/NAME``.
         roots: the folders that are served.
 
+    Returns:
+        Whether there are links, all of which stay inside.
+
     Raises:
         ReftuneError: naming the link.
     """
-    with suppress(OSError), os.scandir(folder.parent if is_store(folder.parent) else folder) as entries:
-        for entry in entries:
-            if entry.is_symlink() and not lies_in(Path(entry.path), roots):
-                raise ReftuneError(
-                    f"{entry.path} is a link out of the folders that are served: put the file itself there "
-                    "(`hf download REPO --local-dir DIR` does)."
-                )
+    place = folder.parent if is_store(folder.parent) else folder
+    links = [os.fspath(place)] if place.is_symlink() else []
+    with suppress(OSError), os.scandir(place) as entries:
+        links += [entry.path for entry in entries if entry.is_symlink()]
+    for link in links:
+        if not lies_in(Path(link), roots):
+            raise ReftuneError(
+                f"{link} is a link out of the folders that are served: put the file itself there "
+                "(`hf download REPO --local-dir DIR` does)."
+            )
+    return bool(links)
 
 
 class Catalogue:
@@ -75,6 +86,7 @@ class Catalogue:
         self._removed: set[str] = set()
         self._found: dict[str, Path] = {}
         self._looked = (0.0, ())
+        self._linkless: dict[Path, tuple[int, ...]] = {}
         self._lock = threading.Lock()
         for name in self._look(strict=True):
             if (user := self._user(name)) is not None:
@@ -149,6 +161,23 @@ class Catalogue:
             self._removed.add(name)
         self._look(again=True)
 
+    def refuse_links_out(self, folder: Path) -> None:
+        """As the function of this name; a folder without links is looked through again once it or its parent changes.
+
+        Raises:
+            ReftuneError: likewise.
+        """
+        parent, own = _stamp(folder.parent), _stamp(folder)
+        place = folder if own else folder.parent  # users of a store share its folder
+        if self._linkless.get(place) == (*parent, *own):
+            return
+        links = refuse_links_out(folder, self.roots)
+        changed = max(*parent[:2], *own[:2], 0)
+        if not links and time.time_ns() - changed > _SETTLED:
+            if len(self._linkless) >= _REMEMBERED:
+                self._linkless.clear()
+            self._linkless[place] = (*parent, *own)
+
     def look_again(self) -> None:
         """Look at the folders now, whenever they were last looked at."""
         self._look(again=True)
@@ -195,3 +224,12 @@ class Catalogue:
         if entry.is_symlink() and not self._allowed(Path(entry.path)):
             return False
         return os.path.isfile(os.path.join(entry.path, CONFIG_FILE))
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What changes where something is put into a folder, or another in its place; empty where there is none."""
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev

@@ -257,9 +257,11 @@ class EmbeddedEngine:
         name, loads = str(folder), self.bank.loads
         self.bank.add(name, folder)
         held = self.bank.take(name, scale)
-        with self._lock:
-            self._hits += self.bank.loads == loads
-        self._judge_base(folder.parent if is_store(folder.parent) else folder)
+        if self.bank.loads == loads:
+            with self._lock:
+                self._hits += 1
+        else:
+            self._judge_base(folder.parent if is_store(folder.parent) else folder)
         return held
 
     def _judge_base(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.serving.api.answers import CHAT, COMPLETION, RESPONSE, Answer, Choices, ResponseAnswer, Shape
 from reftune.serving.api.bodies import (
@@ -91,24 +92,24 @@ def build_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         target = service.target(body.model, permission_of(request))
-        prompts = await service.read_prompts(target, [[message.as_message() for message in body.messages]])
+        read = await service.read_prompts(target, [[message.as_message() for message in body.messages]])
         wanted = body.max_completion_tokens or body.max_tokens
-        return await _answer(service, request, body, target, CHAT, prompts, wanted, body.wanted_logprobs)
+        return await _answer(service, request, body, target, CHAT, read, wanted, body.wanted_logprobs)
 
     @app.post("/v1/responses")
     async def responses(request: Request, body: ResponseBody) -> Response:
         target = service.target(body.model, permission_of(request))
-        prompts = await service.read_prompts(target, [body.messages])
+        read = await service.read_prompts(target, [body.messages])
         wanted = body.max_output_tokens or body.max_tokens
-        return await _answer(service, request, body, target, RESPONSE, prompts, wanted, body.wanted_logprobs)
+        return await _answer(service, request, body, target, RESPONSE, read, wanted, body.wanted_logprobs)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         target = service.target(body.model, permission_of(request))
-        prompts = await service.read_prompts(target, body.prompts)
-        if not prompts:
+        read = await service.read_prompts(target, body.prompts)
+        if not read[1]:
             raise RequestError(400, "prompt: give at least one.", "prompt")
-        return await _answer(service, request, body, target, COMPLETION, prompts, body.max_tokens, body.wanted_logprobs)
+        return await _answer(service, request, body, target, COMPLETION, read, body.max_tokens, body.wanted_logprobs)
 
     @app.post("/tokenize")
     async def tokenize(request: Request, body: TokenizeBody) -> Any:
@@ -116,13 +117,12 @@ def build_app(
             raise RequestError(400, "give either prompt or messages.", "prompt")
         target = service.target(body.model, permission_of(request))
         prompt = body.prompt if body.messages is None else [message.as_message() for message in body.messages]
-        (ids,) = await service.read_prompts(target, [prompt])
-        tokenizer = service.encoding(target).tokenizer
+        encoding, (ids,) = await service.read_prompts(target, [prompt])
         return {
             "count": len(ids),
             "max_model_len": service.engine.context,
             "tokens": ids,
-            "token_strs": [tokenizer.decode([token]) for token in ids],
+            "token_strs": [encoding.tokenizer.decode([token]) for token in ids],
             "edited": await asyncio.to_thread(service.engine.edited, list(target.folders), len(ids)),
         }
 
@@ -164,16 +164,17 @@ async def _answer(
     body: Generation,
     target: Target,
     shape: Shape,
-    prompts: Sequence[list[int]],
+    read: tuple[Encoding, list[list[int]]],
     wanted: int | None,
     logprobs: int | None,
 ) -> Response:
+    encoding, prompts = read
     room = [service.room(body, prompt, wanted) for prompt in prompts]
     request.state.log |= {"model": target.name, "prompt_tokens": sum(map(len, prompts))}
     service.take(len(prompts) * body.n)
     kind = ResponseAnswer if shape is RESPONSE else Choices
-    answer = kind(shape, body, sum(map(len, prompts)), service.encoding(target).tokenizer)
-    pieces = service.write(target, prompts, body, room, logprobs)
+    answer = kind(shape, body, sum(map(len, prompts)), encoding.tokenizer)
+    pieces = service.write(target, encoding, prompts, body, room, logprobs)
     if body.stream:
         # The first piece is waited for, so that an adapter that cannot be loaded is an error and not a broken stream.
         try:

@@ -21,7 +21,7 @@ from reftune.serving.api.errors import RequestError
 from reftune.serving.api.keys import Keys, Permission
 from reftune.serving.api.metrics import Metrics
 from reftune.serving.api.writing import Choice, Piece
-from reftune.serving.catalogue import Catalogue, refuse_links_out
+from reftune.serving.catalogue import Catalogue
 from reftune.serving.requests import Sampling, TokenEngine
 from reftune.users.store import user_of
 
@@ -125,7 +125,7 @@ class Service:
                 message = f"the model {name!r} is not served here; GET /v1/models lists those that are."
                 raise RequestError(404, message, "model", "model_not_found")
             try:
-                refuse_links_out(folder, self.catalogue.roots)
+                self.catalogue.refuse_links_out(folder)
             except ReftuneError as error:
                 raise RequestError(400, str(error), "model", "adapter_unusable") from None
         return Target(model, tuple(terms), tuple(folder for folder in folders if folder is not None))
@@ -161,12 +161,12 @@ class Service:
                 self._encodings.pop(next(iter(self._encodings)), None)
         return known[1]
 
-    async def read_prompts(self, target: Target, prompts: Sequence[Any]) -> list[list[int]]:
-        """Prompts as `prompt_ids` reads them; a tokenizer that has to be loaded first holds nobody up."""
-        await asyncio.to_thread(self.encoding, target)
-        return [self.prompt_ids(target, prompt) for prompt in prompts]
+    async def read_prompts(self, target: Target, prompts: Sequence[Any]) -> tuple[Encoding, list[list[int]]]:
+        """Prompts as `prompt_ids` reads them, and the encoding; a tokenizer that has to be loaded holds nobody up."""
+        encoding = await asyncio.to_thread(self.encoding, target)
+        return encoding, [self.prompt_ids(encoding, prompt) for prompt in prompts]
 
-    def prompt_ids(self, target: Target, prompt: Any) -> list[int]:
+    def prompt_ids(self, encoding: Encoding, prompt: Any) -> list[int]:
         """A text, messages or token ids as the model reads them.
 
         Raises:
@@ -179,10 +179,10 @@ class Service:
                 )
             ids: Any = prompt
         elif isinstance(prompt, str):
-            ids = self.encoding(target).tokenizer(prompt).input_ids
+            ids = encoding.tokenizer(prompt).input_ids
         else:
             try:
-                ids = self.encoding(target).prompt_ids([prompt])[0]
+                ids = encoding.prompt_ids([prompt])[0]
             except ReftuneError as error:
                 raise RequestError(400, str(error), "messages") from None
         if not ids:
@@ -234,7 +234,13 @@ class Service:
         self.open += answers
 
     async def write(
-        self, target: Target, prompts: Sequence[list[int]], body: Generation, room: Sequence[int], logprobs: int | None
+        self,
+        target: Target,
+        encoding: Encoding,
+        prompts: Sequence[list[int]],
+        body: Generation,
+        room: Sequence[int],
+        logprobs: int | None,
     ) -> AsyncGenerator[tuple[Choice, Piece], None]:
         """Write `body.n` answers to each prompt (`take` counted them); leaving the loop cancels what is not done.
 
@@ -249,7 +255,6 @@ class Service:
         self.metrics.prompt_tokens.labels(label).inc(sum(map(len, prompts)))
         queue: asyncio.Queue[tuple[Choice, Piece] | Exception] = asyncio.Queue()
         try:
-            encoding = self.encoding(target)
             ends = encoding.stop_ids() if target.folders else ()
             async with AsyncExitStack() as stack:
                 tasks = []
