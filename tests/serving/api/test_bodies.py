@@ -32,7 +32,8 @@ CHAT_FIELDS: list[dict[str, Any]] = [
     {"logit_bias": {str(i): 1 for i in range(2000)}}, {"logit_bias": {"999999999": 1}}, {"logit_bias": {"1": "a"}},
     {"frequency_penalty": 3}, {"frequency_penalty": "x"}, {"presence_penalty": -3}, {"repetition_penalty": 0},
     {"repetition_penalty": -1}, {"scale": 1e9}, {"scale": "x"}, {"scale": None}, {"logprobs": 3}, {"logprobs": "x"},
-    {"top_logprobs": 50}, {"top_logprobs": -1}, {"response_format": {"type": "json_object"}}, {"tools": []},
+    {"top_logprobs": 50}, {"top_logprobs": -1}, {"response_format": {"type": "json_object"}}, {"tools": [1]},
+    {"tools": {}}, {"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "look"}}},
     {"functions": [{}]}, {"unknown_field": 1}, {"__proto__": {}}, {"trust_remote_code": True}, {"adapter_path": "/"},
 ]  # fmt: skip
 

@@ -82,7 +82,7 @@ def test_the_input_is_read_as_the_same_chat(ask: Any) -> None:
     [
         ({"previous_response_id": "resp-1"}, "send the whole conversation"),
         ({"conversation": "c"}, "send the whole conversation"),
-        ({"tools": [{"type": "web_search"}]}, "no tools can be called here"),
+        ({"tool_choice": {"type": "web_search"}}, "no tools can be called here"),
         ({"text": {"format": {"type": "json_object"}}}, "can be had"),
         ({"n": 2}, "n: "),
         ({"input": []}, "input"),

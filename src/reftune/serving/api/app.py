@@ -171,6 +171,8 @@ async def _answer(
     encoding, prompts = read
     room = [service.room(body, prompt, wanted) for prompt in prompts]
     request.state.log |= {"model": target.name, "prompt_tokens": sum(map(len, prompts))}
+    if tools := getattr(body, "tools", None):
+        request.state.log["tools_not_used"] = len(tools)
     service.take(len(prompts) * body.n)
     kind = ResponseAnswer if shape is RESPONSE else Choices
     answer = kind(shape, body, sum(map(len, prompts)), encoding.tokenizer)

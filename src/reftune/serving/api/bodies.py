@@ -118,7 +118,21 @@ class ChatMessage(BaseModel):
         return Message("system" if self.role == "developer" else self.role, text)
 
 
-class ChatBody(Generation):
+class Turn(Generation):
+    """An answer in a conversation. Tools may be offered, and none is called: that choice is the model's."""
+
+    tools: list[dict[str, Any]] | None = Field(None, max_length=1024)
+    tool_choice: Literal["none", "auto"] | None = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _none_is_called(cls, value: Any) -> Any:
+        if value not in (None, "none", "auto"):
+            raise ValueError("no tools can be called here: leave it out, or send 'auto' or 'none'")
+        return value
+
+
+class ChatBody(Turn):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
@@ -152,7 +166,7 @@ class InputMessage(ChatMessage):
         return self
 
 
-class ResponseBody(Generation):
+class ResponseBody(Turn):
     """`POST /v1/responses`. Nothing is kept, so the whole conversation stands in `input`."""
 
     input: str | list[InputMessage] = Field(min_length=1, max_length=10_000_000)
@@ -162,8 +176,6 @@ class ResponseBody(Generation):
     include: list[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     text: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     previous_response_id: None = None
@@ -174,13 +186,6 @@ class ResponseBody(Generation):
     def _nothing_is_kept(cls, value: Any) -> Any:
         if value is not None:
             raise ValueError("no answers are kept here: send the whole conversation as input")
-        return value
-
-    @field_validator("tools")
-    @classmethod
-    def _no_tools(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise ValueError("no tools can be called here")
         return value
 
     @field_validator("text")
