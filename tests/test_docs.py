@@ -77,7 +77,12 @@ NOT_RUN = {
     "docs/how-to/page.md": ["pip install 'reftune[serve]'"],
     "docs/how-to/predict.md": ["reftune train recipe.yaml"],
     "docs/how-to/recipes.md": ["reftune train recipes/paper/"],
-    "docs/how-to/several-processes.md": ["reftune train", "torchrun", "reftune train out/run.yaml"],
+    "docs/how-to/several-processes.md": [
+        "reftune train",
+        "torchrun",
+        "reftune train out/run.yaml",
+        "DistributedConfig",
+    ],
     "docs/how-to/share.md": [
         "model = AutoPeftModelForCausalLM",
         "hf upload",

@@ -148,6 +148,24 @@ def writers(folder: Path) -> None:
     PeftModel.save_pretrained = counted  # type: ignore[method-assign]
 
 
+def pretend_that_this_is_no_processor(**environment: str) -> None:
+    """accelerate takes FSDP and tensor parallelism for processors nowhere; it looks when a trainer is made."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    from reftune import ReftTrainer
+
+    begin = ReftTrainer.__init__
+
+    def told(self: Any, **given: Any) -> None:
+        state = PartialState._shared_state
+        state["distributed_type"], state["device"] = DistributedType.MULTI_GPU, torch.device("cpu")
+        os.environ.update(environment)
+        begin(self, **given)
+
+    ReftTrainer.__init__ = told  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Play every scenario as one of several processes and write down what came out."""
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from reftune.adapter.config import load_adapter  # noqa: E402
 from reftune.errors import ReftuneError  # noqa: E402
 from reftune.training.prefix.obstacles import sharding_obstacle  # noqa: E402
 from tests.tiny_models import TINY  # noqa: E402
-from tests.training.processes import data  # noqa: E402
+from tests.training.processes import data, pretend_that_this_is_no_processor  # noqa: E402
 from tests.training.toy_rows import reft_model, trainer  # noqa: E402
 
 BLOCK = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
@@ -149,29 +149,11 @@ def main() -> None:
     torch.set_num_threads(1)
     engine, folder = sys.argv[1], Path(sys.argv[2])
     if engine.startswith("fsdp"):
-        pretend_that_this_is_no_processor()
+        pretend_that_this_is_no_processor(ACCELERATE_USE_FSDP="true")
     found = play(engine, folder, SCENARIOS)
     if int(os.environ["RANK"]) == 0:
         torch.save(found, folder / "found.pt")
     torch.distributed.destroy_process_group()
-
-
-def pretend_that_this_is_no_processor() -> None:
-    """accelerate takes FSDP for processors nowhere; it looks at the state of the process when a trainer is made."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    from reftune import ReftTrainer
-
-    begin = ReftTrainer.__init__
-
-    def told(self: Any, **given: Any) -> None:
-        state = PartialState._shared_state
-        state["distributed_type"], state["device"] = DistributedType.MULTI_GPU, torch.device("cpu")
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
-        begin(self, **given)
-
-    ReftTrainer.__init__ = told  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Location:
         known = dict(model.named_modules()).get(path) if path else None
         if known is None or isinstance(known, nn.ModuleList | nn.ModuleDict) or find_stacks(model):
             return None
-        return Site(self.component, self.layer, path, path, "input" if side == "input" else "output", 0, None, None)
+        return Site(self.component, self.layer, path, path, "input" if side == "input" else "output", 0, None, 0, None)
 
     def indices(self, batch: int, device: torch.device, check: bool = True) -> Int[Tensor, "batch n"]:
         """Explicit positions as one row of indices for each row of the batch."""

@@ -175,8 +175,9 @@ class Session:
         places: dict[tuple[str, str], list[int]] = {}
         for index, bound in enumerate(self.bound):
             places.setdefault((bound.site.module_path, bound.site.side), []).append(index)
-        for (path, side), members in places.items():
-            self._handles.append(edit_passing(self.model.get_submodule(path), side, partial(self._edit, members)))
+        for members in places.values():
+            site = self.bound[members[0]].site
+            self._handles.append(edit_passing(self.model, site, partial(self._edit, members)))
         if hasattr(type(self.model), "generate"):
             self._handles.append(_Generate(self))
         self._handles.append(DirectForward(self.model, self._begins))

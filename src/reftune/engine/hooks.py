@@ -37,6 +37,7 @@ from reftune.engine.position_grammar import Positions, parse_positions
 from reftune.engine.quantised import Unpacked, check_unpacked
 from reftune.engine.sites import Site, Stack, attention_module, find_sites
 from reftune.engine.stand_ins import DirectForward
+from reftune.engine.tensor_parallel import check_spread, edit_whole, share_tensors
 from reftune.errors import ReftuneError
 
 PLAN = "reft_plan"
@@ -174,6 +175,7 @@ class Engine:
             module.train(self.model.training)
             if device is not None and not any(p.is_meta for p in module.parameters()):
                 module.to(device=device)
+                share_tensors(module, block)
         block.add_module(CHILD, self.interventions[path])
         self.interventions[path].add(name, placement, edit, pair)
 
@@ -316,9 +318,9 @@ class Engine:
             wanted["stack", owner_path, stack.name, handing[owner_path]] = partial(self._on_forward, owner, enter)
         for path, intervention in self.interventions.items():
             sites = [placement.site for placement in intervention.placements.values()]
-            places = tuple(dict.fromkeys((site.module_path, site.side) for site in sites))
+            places = {(site.module_path, site.side): site for site in sites}
             stack = sites[0].stack
-            key = ("block", path, id(intervention), places, stack.name if stack else "")
+            key = ("block", path, id(intervention), tuple(places), stack.name if stack else "")
             handed = stack is not None and handing[stack.owner_path]
             wanted[(*key, handed)] = partial(self._hook_block, path, intervention, places, key[-1], handed)
         return wanted
@@ -335,7 +337,7 @@ class Engine:
         ]
 
     def _hook_block(
-        self, path: str, intervention: Intervention, places: Sequence[tuple[str, str]], stack: str, handed: bool
+        self, path: str, intervention: Intervention, places: Mapping[tuple[str, str], Site], stack: str, handed: bool
     ) -> list[Any]:
         block = self.model.get_submodule(path)
         inside = any(module_path != path for module_path, _ in places)
@@ -348,10 +350,10 @@ class Engine:
         if attention is not None and hands_on:
             enter = partial(self._enter_attention, intervention)
             handles.append(hook_before(attention, enter))
-        for module_path, side in places:
-            module = self.model.get_submodule(module_path)
-            edit = partial(self._edit, intervention, stack, module_path, side, handed and module_path == path)
-            handles.append(edit_passing(module, side, edit))
+        for site in places.values():
+            at_block = handed and site.module_path == path
+            edit = partial(self._edit, intervention, stack, site.module_path, site.side, at_block)
+            handles.append(edit_passing(self.model, site, edit))
         return handles
 
     # The hooks
@@ -403,18 +405,24 @@ def _before(hook: Callable[..., Any], module: nn.Module, args: Any, kwargs: dict
     return None if kwargs is None else hook(module, args, kwargs)
 
 
-def edit_passing(module: nn.Module, side: str, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Let the tensor that passes one side of a module (of several, the first) go through ``edit``; **adds a hook**.
+def edit_passing(model: nn.Module, site: Site, edit: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let the tensor that passes a site (of several, the first) go through ``edit``; **adds a hook**.
 
     Args:
-        module: the module to hook.
-        side: ``"input"`` or ``"output"``.
-        edit: is called at every forward of the module.
+        model: the model.
+        site: the place.
+        edit: is called at every forward of the module, with all channels, also where processes share them.
 
     Returns:
         The hook's handle; ``handle.remove()`` undoes it.
+
+    Raises:
+        ReftuneError: a place where tensor parallelism has no such tensor.
     """
-    if side == "output":
+    check_spread(model, site)
+    module = model.get_submodule(site.module_path)
+    edit = partial(edit_whole, edit, model.get_submodule(site.block_path), site.channels)
+    if site.side == "output":
         return module.register_forward_hook(partial(_edit_output, edit))
     return hook_before(module, partial(_edit_input, edit))
 

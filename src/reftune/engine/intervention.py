@@ -143,8 +143,8 @@ def _check_channels(site: Site, hidden: Tensor) -> None:
     Raises:
         ReftuneError: such states.
     """
-    width, shape = site.width, hidden.shape
-    if (site.columns is None and shape[-1] != width) or (len(shape) == 4 and shape[1] == width):
+    width, shape = site.channels, hidden.shape
+    if shape[-1] != width or (len(shape) == 4 and shape[1] == width):
         raise ReftuneError(
             f"component={site.component!r}: states of shape {tuple(shape)} pass the {site.side} of "
             f"{site.module_path!r}, where (..., {width}) was expected: name a module whose {site.side} ends in its "

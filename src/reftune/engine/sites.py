@@ -93,6 +93,7 @@ class Site:
             tokens before may be flattened, as (batch * sequence, channels) in OPT's feed-forward.
         width: How many channels the edit sees.
         columns: Those channels of the hooked tensor, in order; None means all of them.
+        channels: How many the hooked tensor has; 0: not known.
         stack: The stack that the block belongs to, if any.
     """
 
@@ -103,6 +104,7 @@ class Site:
     side: Side
     width: int
     columns: Columns | None
+    channels: int
     stack: Stack | None
 
     @property
@@ -175,7 +177,8 @@ def find_sites(model: nn.Module, component: str = "block_output", layers_to_tran
             module, side, width = block.output_projection(), "input", len(columns)
         else:
             module, side, width, columns = _locate(block, name)
-        return Site(component, layer, path, join(path, module), side, width, columns, stack)
+        channels = width if columns is None else block.features(module)[side == "output"]
+        return Site(component, layer, path, join(path, module), side, width, columns, channels, stack)
 
     return _collect(site, layers_to_transform, len(stack.block_paths), component)
 
@@ -304,7 +307,7 @@ def _path_sites(model: nn.Module, component: str, layers: Layers, stacks: list[S
         else:
             relative = target[len(block) + 1 :]
             width = Block(modules[block], _config(model, block)).channels(relative, side)
-        return Site(component, layer, block, target, side, width, None, stack)
+        return Site(component, layer, block, target, side, width, None, width, stack)
 
     if "{layer}" not in path:
         target = _resolve(component, path, modules, modules)

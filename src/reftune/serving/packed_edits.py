@@ -74,7 +74,7 @@ class PackedEdits:
             if (adapter.component, block) not in self._hooked:
                 self._hooked.add((adapter.component, block))
                 edit = partial(self._edit, (adapter.component, block), site.index)
-                self._handles.append(edit_passing(self.model.get_submodule(site.module_path), site.side, edit))
+                self._handles.append(edit_passing(self.model, site, edit))
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         spans = spans_of(kwargs)

@@ -177,7 +177,7 @@ def _read(
     handles: list[RemovableHandle] = []
     try:
         for place, site in enumerate(sites):
-            handles.append(edit_passing(model.get_submodule(site.module_path), site.side, partial(keep, place)))
+            handles.append(edit_passing(model, site, partial(keep, place)))
         few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         model(input_ids=ids, attention_mask=batch.mask.to(device), **known, **few)
     finally:

@@ -158,7 +158,7 @@ class ReftR1:
             return hidden + (mask * strength[:, None]).unsqueeze(-1).mul(direction).to(hidden.dtype)
 
         site = self.placement.site
-        handle = edit_passing(base.get_submodule(site.module_path), site.side, passing)
+        handle = edit_passing(base, site, passing)
         try:
             with at_strength(model, 0.0):
                 answers = supervised_forward(model, inputs)

@@ -40,10 +40,12 @@ class ThroughputCallback(TrainerCallback):
 
     Attributes:
         epoch_seconds: of the epochs that are done, in order.
+        copies: processes that train on the same rows, which count once.
     """
 
     def __init__(self) -> None:
         self.epoch_seconds: list[float] = []
+        self.copies = 1
         self._elapsed = 0.0  # of the epoch that is running, up to the last stop of the clock
         self._started: float | None = None
         self._tokens = 0
@@ -83,13 +85,15 @@ class ThroughputCallback(TrainerCallback):
     @property
     def tokens(self) -> int:
         """Tokens trained on so far; those that were not added up yet count as if every process had as many."""
-        return self._tokens + (0 if self._uncounted is None else int(self._uncounted.item()) * _processes())
+        return self._tokens + (
+            0 if self._uncounted is None else int(self._uncounted.item()) * (_processes() // self.copies)
+        )
 
     def _add_up(self) -> int:
         if self._uncounted is not None:
             if _processes() > 1:
                 dist.all_reduce(self._uncounted)
-            self._tokens, self._uncounted = self._tokens + int(self._uncounted.item()), None
+            self._tokens, self._uncounted = self._tokens + int(self._uncounted.item()) // self.copies, None
         return self._tokens
 
     @property

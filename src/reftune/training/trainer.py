@@ -108,7 +108,7 @@ class ReftTrainer(ResumableTrainer):
         loss = completion_loss(found.logits, found.targets, self.args.label_smoothing_factor, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # Gradients are averaged over processes, though the sum was divided by the tokens of all of them.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            loss = loss * self._data_processes
         return (loss, found.outputs) if return_outputs else loss
 
     def _pair_loss(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None) -> tuple[Tensor, Any]:
@@ -138,7 +138,7 @@ class ReftTrainer(ResumableTrainer):
         """Trainer's batches of a step, without the rows that fill up several processes' last one."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         labels = batches[-1].get("labels") if batches and isinstance(batches[-1], dict) else None
-        if self.accelerator.num_processes == 1 or not isinstance(labels, Tensor) or labels.ndim != 2:
+        if self._data_processes == 1 or not isinstance(labels, Tensor) or labels.ndim != 2:
             return batches, items
         held, own = len(labels), self._own_rows(len(labels))
         if own is None:
@@ -224,7 +224,7 @@ class ReftTrainer(ResumableTrainer):
         """Trainer's; where metrics are wanted, the logits of every position are computed for them."""
         self._all_logits = not prediction_loss_only
         labels: Any = inputs.get("labels")
-        shared = self.accelerator.num_processes > 1 and isinstance(labels, Tensor) and labels.ndim == 2
+        shared = self._data_processes > 1 and isinstance(labels, Tensor) and labels.ndim == 2
         own = self._own_rows(len(labels)) if shared else None
         if own is not None and 0 < own < len(labels):
             repeated = torch.arange(len(labels), device=labels.device).unsqueeze(1) >= own
@@ -237,6 +237,11 @@ class ReftTrainer(ResumableTrainer):
             loss = self._mean_over_processes(loss, inputs["labels"] if own is None or own > 0 else inputs["labels"][:0])
         return loss, *others
 
+    @property
+    def _data_processes(self) -> int:
+        """Processes with rows of their own; those of tensor parallelism share theirs."""
+        return self.accelerator.num_processes // self.get_tp_size()
+
     def _own_rows(self, held: int) -> int | None:
         """Of several processes' last batch, which is filled up with the first rows: how many are no repetition.
 
@@ -245,7 +250,7 @@ class ReftTrainer(ResumableTrainer):
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return None
-        return state.remainder - self.accelerator.process_index * held
+        return state.remainder - self.accelerator.process_index // self.get_tp_size() * held
 
     def _mean_over_processes(self, loss: Tensor, labels: Tensor) -> Tensor:
         """The mean over the learned tokens of all processes' batches, as one process has it of a batch of them all."""
@@ -272,13 +277,14 @@ class ReftTrainer(ResumableTrainer):
                 f"{self.args.length_column_name!r} column. Tokenise them first, or use 'random'."
             )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._data_processes
         self._sampler = LengthGroupedByEpoch(lengths, batch_size, seed)
         return self._sampler
 
     def train_begins(self) -> None:
         """As for `ResumableTrainer`; whether the model gives supervised logits is asked anew."""
         self._plain_reasons.clear()
+        self.throughput.copies = self.get_tp_size()
         super().train_begins()
 
     def report(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftune.engine.forwards import is_causal_lm
 from reftune.engine.hooks import Engine
+from reftune.engine.tensor_parallel import parallel_mesh
 from reftune.engine.transformers_names import checkpoints_activations
 from reftune.training.sharding import sharded_by
 
@@ -54,6 +55,8 @@ def obstacle(model: Any, engine: Engine) -> str | None:
 
 def sharding_obstacle(model: nn.Module) -> str | None:
     """Why blocks cannot be run by themselves in a model's distributed wrapping, or None."""
+    if parallel_mesh(model) is not None:
+        return "under tensor parallelism all processes run the same blocks, and each would have a store of its own"
     sharding = sharded_by(model)
     return sharding and f"{sharding} shards the parameters, and gathers them for the whole model's forward alone"
 
