@@ -82,6 +82,7 @@ NOT_RUN = {
         "torchrun",
         "reftune train out/run.yaml",
         "DistributedConfig",
+        "offload_folder",
     ],
     "docs/how-to/share.md": [
         "model = AutoPeftModelForCausalLM",

@@ -52,6 +52,9 @@ class ReftTrainer(ResumableTrainer):
         prefix_store: a store that several trainings in this process share, left open at the end; ``prefix_cache_gib``
             has no meaning then. None: one of this training's own.
         **kwargs: Trainer's other arguments.
+
+    Raises:
+        ReftuneError: arguments that do not fit one another, rows or model.
     """
 
     def __init__(
@@ -67,6 +70,15 @@ class ReftTrainer(ResumableTrainer):
             args = ReftTrainingArguments(output_dir="reft-output")
         if data_collator is None and getattr(processing_class, "pad_token_id", None) is not None:
             data_collator = CompletionCollator(processing_class.pad_token_id)
+        if (
+            isinstance(model, nn.Module)
+            and not hasattr(model, "hf_device_map")
+            and any(p.is_meta for p in model.parameters())
+        ):
+            raise ReftuneError(
+                "This model's weights are offloaded without a device map, and Trainer would move them: load it with "
+                "device_map=... (or dispatch_model) in place of cpu_offload or disk_offload."
+            )
         self._sampler: LengthGroupedByEpoch | None = None
         self._plain_reasons: dict[int, str | None] = {}
         self._all_logits = False

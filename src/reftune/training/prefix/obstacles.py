@@ -48,8 +48,9 @@ def obstacle(model: Any, engine: Engine) -> str | None:
             return f"the base model has dropout ({name}: {rate}); set it to 0, or load the base without it"
     if checkpoints_activations(model):
         return "gradient checkpointing is on"
-    if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
-        return "the model is spread over several devices"
+    # What accelerate keeps in memory or on disk is brought to the one device that computes.
+    if len(set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}) > 1:
+        return "the model computes on several devices"
     return cache_obstacle(model.config) or rope_obstacle(model.config)
 
 
