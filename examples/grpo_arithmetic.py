@@ -53,7 +53,7 @@ def held_out_reward(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]]) 
 def train(
     adapter: Any, *, lr: float, steps: int, seed: int = 0, model: str = "smollm2", output: str = "outputs/grpo"
 ) -> dict[str, Any]:
-    """Train an adapter on the sums: 2 sums a step, 8 answers to each.
+    """Train an adapter (None: the whole model) on the sums: 2 sums a step, 8 answers to each.
 
     Returns:
         `rewards` of each step, `seconds` of processor time that had gone by after it, `parameters` trained, and the

@@ -36,8 +36,9 @@ class Experiment:
     def optimiser(self, base: Any, tokens: float, short: bool) -> dict[str, float]:
         """AdamW's arguments for a base model and so many tokens a step."""
         if self.optimizer_kwargs is None:
-            config = base.config.get_text_config()
-            rate = learning_rate(config.hidden_size, config.num_hidden_layers, tokens)
+            shape, edit = base.config.get_text_config(), self.config()
+            assert isinstance(edit, ReftConfig)
+            rate = learning_rate(shape.hidden_size, edit.r, shape.num_hidden_layers, tokens)
             return {"lr": rate, "weight_decay": 0.0}
         scale = SHORT if short else 1
         return {**self.optimizer_kwargs, "lr": self.optimizer_kwargs["lr"] * scale}

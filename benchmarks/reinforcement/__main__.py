@@ -1,4 +1,4 @@
-"""GRPO on short sums with SmolLM2-135M: edits beside LoRA, reward by step and by second; writes RESULTS.md.
+"""GRPO on short sums with SmolLM2-135M: edits beside LoRA and full tuning, reward by step and by second; writes RESULTS.md.
 
 Usage: python -m benchmarks.reinforcement [--seeds 0,1,2] [--output out/reinforcement] [--document-only]
 
@@ -33,12 +33,15 @@ METHODS: dict[str, tuple[str, tuple[float, float], str]] = {
     "LoReFT r1": ("loreft", (2e-3, 4e-3), "#1d4ed8"),
     "DiReFT r1": ("direft", (2e-3, 4e-3), "#b45309"),
     "a vector a layer": ("lobireft", (1e-2, 5e-2), "#15803d"),
+    "full tuning": ("full", (1e-5, 3e-5), "#be185d"),
 }
 """By name: the method, the learning rates that are tried, and the colour of its line."""
 Run = dict[str, Any]
 
 
 def adapter(method: str) -> Any:
+    if method == "full":
+        return None
     if method == "lora":
         return LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return reftune.ReftConfig(method=method, **EDIT)
@@ -83,7 +86,7 @@ def draw(runs: dict[str, list[Run]]) -> None:
 
 def document(runs: dict[str, list[Run]], rates: dict[str, float], tried: dict[str, dict[float, float]]) -> str:
     lines = [
-        "# Reinforcement learning: edits beside LoRA", "",
+        "# Reinforcement learning: edits beside LoRA and full tuning", "",
         f"`python -m benchmarks.reinforcement`, one thread of a shared two-core machine, torch {torch.__version__}, float32.",
         "",
         "GRPO (TRL, no reference model, constant learning rate) on SmolLM2-135M-Instruct and the sums of "

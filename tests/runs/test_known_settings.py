@@ -75,12 +75,18 @@ def test_places_are_as_deep_in_every_model(tmp_path: Path) -> None:
 
 
 def test_the_rate_goes_through_what_is_known() -> None:
-    assert learning_rate(4096, 32, 300.0) == 9e-4 and learning_rate(4096, 32, 3e3) <= 1.2e-3  # the paper, 7B
-    assert learning_rate(4096, 1, 300.0) == pytest.approx(4e-3, rel=0.05)  # one layer of a model of 8B
-    assert 4e-3 <= learning_rate(576, 30, 179.0) <= 8e-3  # benchmarks/QUALITY.md: persona, worked steps, short answers
-    assert 6e-3 <= learning_rate(576, 30, 536.0) <= 10e-3
-    assert 1e-3 <= learning_rate(576, 30, 42.0) <= 3e-3
-    assert learning_rate(16, 1, 1e6) == 1.5e-2
+    assert learning_rate(4096, 8, 32, 300.0) == 9e-4 and learning_rate(4096, 8, 32, 3e3) <= 1.2e-3  # the paper, 7B
+    assert 4e-3 <= learning_rate(4096, 4, 1, 300.0) <= 6e-3  # one layer of a model of 8B
+    assert 4e-3 <= learning_rate(576, 1, 30, 179.0) <= 8e-3  # QUALITY.md: persona, worked steps, short answers
+    assert 6e-3 <= learning_rate(576, 1, 30, 536.0) <= 10e-3
+    assert 1e-3 <= learning_rate(576, 1, 30, 42.0) <= 3e-3
+    assert learning_rate(16, 1, 1, 1e6) == 1.5e-2
+
+
+def test_a_higher_rank_takes_smaller_steps() -> None:
+    """Of 1, 4, 16 and 64 the best rates fall by two from each to the next (docs/decisions/0015)."""
+    rates = [learning_rate(256, rank, 32, 300.0) for rank in (1, 4, 16, 64)]
+    assert [high / low for high, low in zip(rates, rates[1:], strict=False)] == pytest.approx([2.0] * 3, rel=0.05)
 
 
 @pytest.mark.parametrize(("together", "longest", "tokens"), [(8, 100, 10_000), (8, 100, 500), (12, 7, 60), (8, 900, 5)])

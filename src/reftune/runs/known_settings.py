@@ -32,8 +32,8 @@ KNOWN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 """The two dials of a recipe and what each of their words stands for; a setting that is given itself wins."""
-_PAPER_RATE, _PAPER_WIDTH, _PAPER_LAYERS = 9e-4, 4096, 32
-"""The paper's rate for edits of all layers of a model of 7B."""
+_PAPER_RATE, _PAPER_WIDTH, _PAPER_LAYERS, _PAPER_RANK = 9e-4, 4096, 32, 8
+"""The paper's rate for edits of rank 8 on all layers of a model of 7B."""
 _BY_LAYERS, _HIGHEST_RATE = 0.43, 1.5e-2
 """How the rate grows as layers become fewer (4e-3 for one layer of 32), and the highest."""
 USUAL_TOKENS, _MOST_BY_TOKENS = 300.0, 1.25
@@ -48,18 +48,20 @@ def chosen(task: str, like: str | None, budget: str | None) -> Mapping[str, Any]
     return {**DEFAULTS[task], **KNOWN["like"].get(like or "", {}), **KNOWN["budget"].get(budget or "", {})}
 
 
-def learning_rate(width: int, layers: int, tokens: float) -> float:
+def learning_rate(width: int, rank: int, layers: int, tokens: float) -> float:
     """The peak rate of AdamW for edits: the paper's, scaled.
 
-    A coordinate of a wider state sums more steps, the effects of several layers add up, and a mean over few tokens is
-    noisy, so that its steps must be smaller by the root of their number.
+    AdamW moves each of the rank x width numbers of a projection by the rate, so that the whole moves by its root; the
+    effects of several layers add up, and a mean over few tokens is noisy, so that its steps must be smaller by the root
+    of their number.
 
     Args:
         width: of the state that is edited.
+        rank: of the edits.
         layers: how many are edited.
         tokens: learnt in a step of the optimiser.
     """
-    rate = _PAPER_RATE * _PAPER_WIDTH / width * (_PAPER_LAYERS / layers) ** _BY_LAYERS
+    rate = _PAPER_RATE * math.sqrt(_PAPER_WIDTH * _PAPER_RANK / (width * rank)) * (_PAPER_LAYERS / layers) ** _BY_LAYERS
     return float(f"{min(rate * min(math.sqrt(max(tokens, 1.0) / USUAL_TOKENS), _MOST_BY_TOKENS), _HIGHEST_RATE):.2g}")
 
 

@@ -595,7 +595,8 @@ class TrainRecipe:
                 sites = find_sites(base, found.component, found.layers)
                 step = min(found.rows_of_a_step, len(rows))
                 tokens = step * learnt_tokens(rows) / len(rows) if self.objective not in PREFERENCES else USUAL_TOKENS
-                found = replace(found, lr=learning_rate(max(site.width for site in sites), len(sites), tokens))
+                width = max(site.width for site in sites)
+                found = replace(found, lr=learning_rate(width, found.rank, len(sites), tokens))
         return found
 
     def encoding(self, tokenizer: Any) -> Encoding:
