@@ -240,6 +240,7 @@ def cli(*arguments: object) -> Any:
         (["--host", "0.0.0.0"], ["without a key"]),
         (["--api-keys", "nowhere.txt"], ["nowhere.txt", "cannot be read"]),
         (["--adapters", "nowhere"], ["nowhere", "no such folder"]),
+        (["--adapters", __file__], ["test_server.py", "is a file"]),
         (["--max-new-tokens", "0"], ["at least 1"]),
         (["--timeout", "nan"], ["timeout"]),
         (["--port", "99999"], ["65535"]),

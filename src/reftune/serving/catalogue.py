@@ -78,7 +78,8 @@ class Catalogue:
         given = [Path(folder).expanduser() for folder in folders]
         for folder in given:
             if not folder.is_dir():
-                raise ReftuneError(f"--adapters {folder}: there is no such folder.")
+                found = "is a file, and a folder is asked for" if folder.exists() else "there is no such folder"
+                raise ReftuneError(f"--adapters {folder}: {found}.")
         self.stores = [UserStore.open(folder) for folder in given if is_store(folder)]
         self.folders = [folder for folder in given if not is_store(folder)]
         self._users: tuple[Any, list[str]] = (None, [])

@@ -51,7 +51,8 @@ def by_request(
             )
         )  # fmt: skip
         q, k = q_end, k_end
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    together = attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
+    return together.transpose(1, 2).contiguous(), None
 
 
 def fits(model: Any) -> bool:

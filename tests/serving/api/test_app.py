@@ -190,6 +190,11 @@ def test_a_flood_is_told_to_come_again_and_the_rest_is_answered(served: Any) -> 
     assert all(answer.headers["retry-after"] for answer in found if answer.status_code == 429)
 
 
+def test_a_request_for_more_answers_than_are_ever_written_is_not_told_to_come_again(ask: Any) -> None:
+    answer = ask("POST", "/v1/completions", {"requests": 5}, json={"model": "pirate", "prompt": ["a"] * 2, "n": 3})
+    assert answer.status_code == 400 and "at most 5" in answer.json()["error"]["message"]
+
+
 def test_a_request_that_takes_too_long_is_ended(served: Any) -> None:
     async def run() -> None:
         async with served(pause=0.05, seconds=0.12) as client:

@@ -62,7 +62,10 @@ class Generation(Body):
     safety_identifier: Any = None
     parallel_tool_calls: Any = None
 
-    @field_validator("temperature", "top_p", "frequency_penalty", "presence_penalty", mode="before")
+    @field_validator(
+        "temperature", "top_p", "top_k", "n", "stream", "frequency_penalty", "presence_penalty", "repetition_penalty",
+        "scale", mode="before",
+    )  # fmt: skip
     @classmethod
     def _null_is_the_default(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].default if value is None else value

@@ -179,7 +179,7 @@ class Service:
                 )
             ids: Any = prompt
         elif isinstance(prompt, str):
-            ids = encoding.tokenizer(prompt).input_ids
+            ids = encoding.tokenizer(prompt, verbose=False).input_ids
         else:
             try:
                 ids = encoding.prompt_ids([prompt])[0]
@@ -222,8 +222,13 @@ class Service:
         """Count answers that begin.
 
         Raises:
-            RequestError: 429 where too many are being written; 503 while the server ends.
+            RequestError: 400 where the server never writes so many; 429 where too many are being written; 503 while it
+                ends.
         """
+        if answers > self.limits.requests:
+            raise RequestError(
+                400, f"{answers} answers are asked for; at most {self.limits.requests} can be at once.", "n"
+            )
         if self.draining:
             raise RequestError(503, "the server is ending.", headers={"Retry-After": "5"})
         if not self.engine.alive:
