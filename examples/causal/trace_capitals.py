@@ -61,7 +61,9 @@ def main(pictures: Path) -> tuple[dict[str, Trace], Agreement]:
             f"{component:17} clean {found.clean:.2f}, with noise {found.corrupted:.3f}; most comes back at layer {layer}, "
             f"{token!r}: {value:.2f} ({time.perf_counter() - start:.0f} s)"
         )
-        found.heat_map.plot(pictures / f"trace_{component}.png")
+    drawn = [found.heat_map for found in traces.values()]
+    for component, heat_map in zip(traces, drawn, strict=True):
+        heat_map.plot(pictures / f"trace_{component}.png", drawn[0].limits(*drawn[1:]))
     states = traces["block_output"]
     values, layers = states.heat_map.values, len(states.heat_map.rows)
     assert states.clean >= 0.4 and states.corrupted <= 0.1
@@ -79,7 +81,8 @@ def main(pictures: Path) -> tuple[dict[str, Trace], Agreement]:
         start = time.process_time()
         maps.append(method(model, ask(countries), ask(others), metric, component="mlp_output", labels=TOKENS))
         print(f"{method.__name__:18} {time.process_time() - start:.1f} s of processor time")
-        maps[-1].plot(pictures / f"capitals_{method.__name__}.png")
+    for method, heat_map in zip((patch, attribution_patch), maps, strict=True):
+        heat_map.plot(pictures / f"capitals_{method.__name__}.png", maps[0].limits(maps[1]))
     found = agreement(*maps)
     print(
         f"first order against exact: Pearson {found.pearson:.2f}, ranks {found.spearman:.2f}, top tenth {found.top:.0%}"

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import Any
 
 import networkx as nx
 import pytest
@@ -164,6 +165,33 @@ for call in (lambda: causal.patch(None, "a", "b", None), lambda: causal.read(Non
     run, read, difference, probability = done.stdout.splitlines()
     assert run == read and "inputs='a': give what the model's forward takes, such as tokenizer(text" in run
     assert "answer='Paris': give token ids" in difference and "answer=['Paris']: give token ids" in probability
+
+
+def test_pictures_that_are_compared_have_one_scale_which_the_colour_bar_says(tmp_path):
+    def heat_map(*values: float) -> HeatMap:
+        found = torch.tensor([values])
+        return HeatMap(found, ["0"], list(map(str, range(len(values)))), found[..., None], "t")
+
+    def colours(name: str, limits: tuple[float, float] | None = None) -> list[Any]:
+        """Of the least and of the greatest value's cell."""
+        maps[name].plot(tmp_path / f"{name}.png", limits)
+        figure = drawn.pop()
+        (image,) = figure.axes[0].get_images()
+        assert figure.axes[1].get_ylabel() == said
+        return [image.to_rgba(value, bytes=True)[:3] for value in image.get_array()[0][[0, -1]]]
+
+    maps, drawn = {"weak": heat_map(0.0, 0.25), "strong": heat_map(0.0, 1.0)}, []
+    shared = maps["weak"].limits(maps["strong"])
+    assert shared == (0.0, 1.0) and maps["weak"].limits() == (0.0, 0.25)
+    assert heat_map(-0.5, 1.0).limits(maps["weak"]) == (-1.0, 1.0)  # zero is the middle of the colours
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("reftune.causal.heat_map.save_figure", lambda figure, path: drawn.append(figure))
+        said = "0.00 to 0.25"
+        own = colours("weak")
+        said = "0.00 to 1.00"
+        weak, strong = colours("weak", shared), colours("strong", shared)
+    assert own[1] == strong[1], "without a common scale the weak one looks as strong"
+    assert weak[0] == strong[0] and weak[1] != strong[1]
 
 
 def test_pictures_are_drawn(tmp_path):

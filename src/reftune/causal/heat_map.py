@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -49,38 +50,48 @@ class HeatMap:
         layer, column = divmod(int(self.values.argmax()), self.values.shape[1])
         return self.rows[layer], self.columns[column], float(self.values[layer, column])
 
-    def plot(self, path: str | Path) -> None:
-        """Draw it into a PNG, **which is replaced**."""
-        plot_heat_map(self, path)
+    def limits(self, *others: HeatMap) -> tuple[float, float]:
+        """The values at the ends of the colours, for this map or for it and others that are compared with it.
+
+        The least and the greatest of all, or as far below zero as above where values have both signs.
+        """
+        least = min(float(one.values.min()) for one in (self, *others))
+        greatest = max(float(one.values.max()) for one in (self, *others))
+        bound = max(abs(least), abs(greatest))
+        return (-bound, bound) if least < -0.05 * max(greatest, 1e-9) else (least, greatest)
+
+    def plot(self, path: str | Path, limits: tuple[float, float] | None = None) -> None:
+        """Draw it into a PNG, **which is replaced**; `limits` as in `plot_heat_map`."""
+        plot_heat_map(self, path, limits=limits)
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
         picture = BytesIO()
-        _drawn(self, self.title, None).savefig(picture, format="png")
+        _drawn(self, self.title, self.limits()).savefig(picture, format="png")
         return picture.getvalue()
 
 
-def plot_heat_map(heat_map: HeatMap, path: str | Path, title: str | None = None, lowest: float | None = None) -> None:
+def plot_heat_map(
+    heat_map: HeatMap, path: str | Path, title: str | None = None, limits: tuple[float, float] | None = None
+) -> None:
     """Draw a heat map, layers upwards as the computation goes; **replaces the file**.
 
     Args:
         heat_map: the values and names.
         path: a PNG; its folder is made.
         title: in place of the map's own.
-        lowest: where the colours begin; None: at the least value (around zero where values have both signs).
+        limits: the values at the ends of the colours; None: the map's own. Pictures that are compared need the same,
+            ``first.limits(second)``.
     """
-    save_figure(_drawn(heat_map, heat_map.title if title is None else title, lowest), path)
+    save_figure(_drawn(heat_map, heat_map.title if title is None else title, limits or heat_map.limits()), path)
 
 
-def _drawn(heat_map: HeatMap, title: str, lowest: float | None) -> Figure:
+def _drawn(heat_map: HeatMap, title: str, limits: tuple[float, float]) -> Figure:
     values = heat_map.values.float().numpy()
     height, width = values.shape
     size = min(14.0, max(4.2, 2.6 + 0.62 * width)), min(7.5, max(2.4, 1.4 + 0.3 * height))
     figure, axes = new_figure(size)
-    greatest, least = float(values.max()), float(values.min())
-    both = lowest is None and least < -0.05 * max(greatest, 1e-9)
-    bound = max(abs(least), abs(greatest))
-    limits = (-bound, bound) if both else (least if lowest is None else lowest, greatest)
+    both = -limits[1] == limits[0] < 0
     image = axes.imshow(
         values, aspect="auto", origin="lower", cmap="RdBu_r" if both else "viridis", vmin=limits[0], vmax=limits[1]
     )
@@ -99,8 +110,9 @@ def _drawn(heat_map: HeatMap, title: str, lowest: float | None) -> Figure:
         for row in range(height):
             for column in range(width):
                 value = float(values[row, column])
-                pale = abs(value) < 0.55 * bound if both else value > middle
+                pale = abs(value) < 0.55 * limits[1] if both else value > middle
                 ink = _INK if pale else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    figure.colorbar(image, ax=axes)
+    digits = max(0, 2 - math.ceil(math.log10(max(limits[1] - limits[0], 1e-9))))
+    figure.colorbar(image, ax=axes, label=f"{limits[0]:z.{digits}f} to {limits[1]:z.{digits}f}")
     return figure

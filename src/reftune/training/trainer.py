@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import has_length
@@ -152,15 +154,9 @@ class ReftTrainer(ResumableTrainer):
         labels = batches[-1].get("labels") if batches and isinstance(batches[-1], dict) else None
         if self._data_processes == 1 or not isinstance(labels, Tensor) or labels.ndim != 2:
             return batches, items
-        held, own = len(labels), self._own_rows(len(labels))
-        if own is None:
+        if (own := self._own_rows(len(labels))) is None:
             return batches, items
-        keep = min(max(own, 1), held)  # one at least, of which nothing is learned: every process takes part in a step
-        batches[-1] = {
-            k: v[:keep] if isinstance(v, Tensor) and v.shape[:1] == (held,) else v for k, v in batches[-1].items()
-        }
-        if own <= 0:
-            batches[-1]["labels"] = torch.full_like(labels[:keep], IGNORED_LABEL)
+        batches[-1] = _first_rows(batches[-1], len(labels), own)
         return batches, items if items is None else self._get_num_items_in_batch(batches, self.args.device)
 
     def _begin_objective(self) -> ReftR1 | None:
@@ -233,21 +229,25 @@ class ReftTrainer(ResumableTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        """Trainer's; where metrics are wanted, the logits of every position are computed for them."""
+        """Trainer's; where metrics are wanted, the logits of every position are computed for them.
+
+        Of several processes each gives the mean loss of all their batches, in which no row counts twice.
+        """
         self._all_logits = not prediction_loss_only
         labels: Any = inputs.get("labels")
-        shared = self._data_processes > 1 and isinstance(labels, Tensor) and labels.ndim == 2
-        own = self._own_rows(len(labels)) if shared else None
-        if own is not None and 0 < own < len(labels):
-            repeated = torch.arange(len(labels), device=labels.device).unsqueeze(1) >= own
-            inputs = {**inputs, "labels": labels.masked_fill(repeated, IGNORED_LABEL)}
+        shared = self._data_processes > 1 and isinstance(labels, Tensor) and labels.ndim > 0
+        held = len(labels) if shared else 0
+        own = self._own_rows(held) if shared else None
+        if own is not None:
+            inputs = _first_rows(inputs, held, own)
         try:
             loss, *others = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._all_logits = False
         if shared and loss is not None:
-            loss = self._mean_over_processes(loss, inputs["labels"] if own is None or own > 0 else inputs["labels"][:0])
-        return loss, *others
+            learned = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum() if labels.ndim == 2 else None
+            loss = self._mean_over_processes(loss, max(0, min(held, held if own is None else own)), learned)
+        return loss, *(others if own is None else recursively_apply(partial(_filled_up, held=held), others))
 
     @property
     def _data_processes(self) -> int:
@@ -264,10 +264,10 @@ class ReftTrainer(ResumableTrainer):
             return None
         return state.remainder - self.accelerator.process_index // self.get_tp_size() * held
 
-    def _mean_over_processes(self, loss: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the learned tokens of all processes' batches, as one process has it of a batch of them all."""
-        tokens = (labels[:, 1:] != IGNORED_LABEL).sum()
-        summed = torch.stack([(loss * tokens).nan_to_num() if tokens else torch.zeros_like(loss), tokens.to(loss)])
+    def _mean_over_processes(self, loss: Tensor, rows: int, tokens: Tensor | None) -> Tensor:
+        """The mean over the learned tokens, or a classifier's rows, of all processes' batches."""
+        count = loss.new_tensor(rows) if tokens is None else tokens.to(loss)
+        summed = torch.stack([(loss * count).nan_to_num() if count else torch.zeros_like(loss), count])
         total: Any = self.accelerator.reduce(summed.double(), "sum")
         return (total[0] / total[1]).to(loss)
 
@@ -308,3 +308,20 @@ class ReftTrainer(ResumableTrainer):
         """
         reuse = {"prefix_reuse": self.prefixes.status, "prefix_store": self.prefixes.summary()}
         return {**super().report(), **reuse}
+
+
+def _first_rows(batch: dict[str, Any], held: int, own: int) -> dict[str, Any]:
+    """A batch's own rows, without those that fill it up.
+
+    One row stays in any case, of which nothing is learned: every process takes part in a step.
+    """
+    keep = min(max(own, 1), held)
+    kept = {k: v[:keep] if isinstance(v, Tensor) and v.shape[:1] == (held,) else v for k, v in batch.items()}
+    if own <= 0 and kept["labels"].ndim == 2:
+        kept["labels"] = torch.full_like(kept["labels"], IGNORED_LABEL)
+    return kept
+
+
+def _filled_up(output: Tensor, held: int) -> Tensor:
+    """Outputs of a batch's own rows, the last again and again behind them: gathered, all processes have as many."""
+    return output[torch.arange(held, device=output.device).clamp(max=len(output) - 1)] if output.ndim else output
