@@ -13,9 +13,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import reftune
+from reftune.adapter.config import new_adapter
 from reftune.engine.hooks import Engine
 from tests.tiny_models import CAUSAL, ENCODER_DECODERS, ENCODERS, TINY, tiny_inputs
 
@@ -482,3 +483,15 @@ def test_attached_edits_and_peft_adapters_do_not_mix_unnoticed(base, trained):
         get_peft_model(model, config())
     with pytest.raises(reftune.ReftuneError, match="add_adapter"):
         reftune.attach(trained.get_base_model())
+
+
+def test_what_peft_reads_of_a_base_is_no_warning_where_we_put_an_adapter_on_it(tmp_path: Path) -> None:
+    said = "`is_gradient_checkpointing` is deprecated"
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        new_adapter(TINY["llama"](), config()).save_pretrained(tmp_path)
+        PeftModel.from_pretrained(TINY["llama"](), str(tmp_path))
+        ours = [str(one.message) for one in heard if said in str(one.message)]
+        get_peft_model(TINY["llama"](), LoraConfig(target_modules=["q_proj"]))  # PEFT alone
+        pefts = [str(one.message) for one in heard if said in str(one.message)]
+    assert ours == [] and bool(pefts) == hasattr(PreTrainedModel, "is_activation_checkpointing")

@@ -186,9 +186,9 @@ def test_pictures_that_are_compared_have_one_scale_which_the_colour_bar_says(tmp
     assert heat_map(-0.5, 1.0).limits(maps["weak"]) == (-1.0, 1.0)  # zero is the middle of the colours
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("reftune.causal.heat_map.save_figure", lambda figure, path: drawn.append(figure))
-        said = "0.00 to 0.25"
+        said = "0 to 0.25"
         own = colours("weak")
-        said = "0.00 to 1.00"
+        said = "0 to 1"
         weak, strong = colours("weak", shared), colours("strong", shared)
     assert own[1] == strong[1], "without a common scale the weak one looks as strong"
     assert weak[0] == strong[0] and weak[1] != strong[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, no_type_check
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -30,6 +30,7 @@ from reftune.edits.base import Init
 from reftune.edits.rotated import Parametrization
 from reftune.engine.hooks import EditSpec
 from reftune.engine.position_grammar import parse_positions
+from reftune.engine.transformers_names import peft_may_read_earlier_names
 from reftune.errors import ReftuneError
 
 if REFT not in PeftType.__members__:
@@ -181,6 +182,24 @@ if PeftType[REFT] not in PEFT_TYPE_TO_CONFIG_MAPPING:
 def _layers(layers: Any) -> Any:
     """Layers as a list, where they are a set, a range or the like."""
     return sorted(layers) if isinstance(layers, set) else list(layers) if isinstance(layers, (tuple, range)) else layers
+
+
+def new_adapter(model: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
+    """``get_peft_model``, for calls of our own; **changes the model**.
+
+    Args:
+        model: the base model.
+        config: of the adapter.
+        **options: PEFT's own.
+
+    Raises:
+        ReftuneError: a layer, component or rank that the model does not have.
+    """
+    with peft_may_read_earlier_names():
+        found = get_peft_model(model, config, **options)  # type: ignore[arg-type]
+    if not isinstance(found, PeftModel):
+        raise TypeError(f"get_peft_model returned a {type(found).__name__}")
+    return found
 
 
 def load_adapter(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:

@@ -16,6 +16,7 @@ from reftune.adapter.tensors import unchanged_on_error, under
 from reftune.adapter.tuner import REFT, ReftModel
 from reftune.edits.base import Edit
 from reftune.engine.sites import find_sites
+from reftune.engine.transformers_names import peft_may_read_earlier_names
 from reftune.errors import ReftuneError
 
 _CONFIG_GIVEN: ContextVar[bool] = ContextVar("config_given", default=False)
@@ -56,7 +57,7 @@ def load_or_leave(load: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
         token = _CONFIG_GIVEN.set(kwargs.get("config") is not None)
         try:
-            with unchanged_on_error(under(model)):
+            with unchanged_on_error(under(model)), peft_may_read_earlier_names():
                 return load(cls, model, *args, **kwargs)
         finally:
             _CONFIG_GIVEN.reset(token)

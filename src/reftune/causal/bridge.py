@@ -61,9 +61,7 @@ def from_das(
     Raises:
         ReftuneError: a method with no rotation, a target of another size, or a location outside the layers.
     """
-    from peft import get_peft_model
-
-    from reftune.adapter.config import ReftConfig
+    from reftune.adapter.config import ReftConfig, new_adapter
     from reftune.adapter.tuner import ReftModel
 
     if method not in ("consreft", "loreft"):
@@ -81,7 +79,7 @@ def from_das(
         positions=positions,
         init="paper" if method == "consreft" else "identity",  # a constant cannot start as the identity
     )
-    adapted = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+    adapted = new_adapter(model, config, adapter_name=adapter_name)
     assert isinstance(adapted.base_model, ReftModel)
     (edit,) = adapted.base_model.engine.edits(adapter_name).values()
     set_interchange(edit, rotation, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -113,6 +112,5 @@ def _drawn(heat_map: HeatMap, title: str, limits: tuple[float, float]) -> Figure
                 pale = abs(value) < 0.55 * limits[1] if both else value > middle
                 ink = _INK if pale else "white"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    digits = max(0, 2 - math.ceil(math.log10(max(limits[1] - limits[0], 1e-9))))
-    figure.colorbar(image, ax=axes, label=f"{limits[0]:z.{digits}f} to {limits[1]:z.{digits}f}")
+    figure.colorbar(image, ax=axes, label=f"{limits[0]:.2g} to {limits[1]:.2g}")
     return figure

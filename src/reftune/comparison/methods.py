@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reftune.adapter.config import new_adapter
 from reftune.data.formats import Example, Message
 from reftune.data.tokenising import Encoding
 from reftune.data.values import check_text
@@ -265,33 +266,23 @@ def attach_method(method: Method, base: Any, tokenizer: PreTrainedTokenizerBase)
             for parameter in base.parameters():
                 parameter.requires_grad_(method.kind == "full" and parameter.is_floating_point())
             return Adapted(base, {})
+        if method.edits and method.weights is None:
+            alone = attach_edit(base, method.train.fitted(base))
+            return Adapted(alone, {"default": alone})
+        below = new_adapter(base, peft_config(method, tokenizer))
         if not method.edits:
-            config = peft_config(method, tokenizer)
-            return Adapted(*_both("default", get_peft_model(base, config)))
-        if method.weights is None:
-            return Adapted(*_both("default", attach_edit(base, method.train.fitted(base))))
-        below = get_peft_model(base, peft_config(method, tokenizer))
+            return Adapted(below, {"default": below})
         plain = below.get_base_model()
         # The second is made on what is under the first, under a name of its own.
         with warnings.catch_warnings():  # PEFT warns of a second one by accident; this is on purpose
             warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             edit = attach_edit(plain, method.train.fitted(plain), adapter_name="edit")
-        return Adapted(edit, {"default": _peft(below), "edit": _peft(edit)})
+        return Adapted(edit, {"default": below, "edit": edit})
     except ReftuneError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ReftuneError(f"{method.name}: {_with_module_names(str(error), base)}") from error
-
-
-def _peft(model: nn.Module) -> PeftModel:
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
-    return model
-
-
-def _both(name: str, model: Any) -> tuple[PeftModel, dict[str, PeftModel]]:
-    return _peft(model), {name: _peft(model)}
 
 
 def _with_module_names(message: str, base: nn.Module) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from reftune.adapter.config import ReftConfig
+from reftune.adapter.config import ReftConfig, new_adapter
 from reftune.comparison.methods import Adapted, Method, attach_method, judged_rows, prompt_encoding
 from reftune.comparison.peak_memory import PeakMemory
 from reftune.comparison.recipe import CompareRecipe
@@ -233,7 +233,7 @@ def _save(adapted: Adapted, settings: TrainRecipe, method: Method, folder: Path,
 def _as_edited(model: Any, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> EditedModel:
     """The trained model as generation and option scoring take it."""
     if not isinstance(model, PeftModel):  # they speak to PEFT models: an edit that is switched off changes no bit
-        model = get_peft_model(model, ReftConfig(method="lobireft", r=1, layers_to_transform=0, task_type="CAUSAL_LM"))
+        model = new_adapter(model, ReftConfig(method="lobireft", r=1, layers_to_transform=0, task_type="CAUSAL_LM"))
         model.base_model.disable_adapter_layers()
     model.eval()
     return EditedModel(model, tokenizer, encoding)

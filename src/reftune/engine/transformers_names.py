@@ -16,6 +16,9 @@ Later versions keep the earlier names for a time, and warn where they are used.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LATER, _EARLIER = "activation_checkpointing", "gradient_checkpointing"
@@ -54,6 +57,14 @@ def page_of(tokens: int) -> dict[str, Any]:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     return {"page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size": tokens}
+
+
+@contextmanager
+def peft_may_read_earlier_names() -> Iterator[None]:
+    """No warning in the ``with`` block of a name that PEFT reads off every base model that it puts an adapter on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f"`is_{_EARLIER}` is deprecated", FutureWarning)
+        yield
 
 
 def _either(owner: Any, later: str, earlier: str, *default: Any) -> Any:

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
-
-from reftune.adapter.config import ReftConfig
+from reftune.adapter.config import ReftConfig, new_adapter
 from reftune.data.tokenising import Encoding
 from reftune.errors import ReftuneError
 from reftune.evaluation.intervals import PairedDifference
@@ -153,7 +151,7 @@ def base_alone(
 ) -> EditedModel:
     """A base model to be evaluated by itself (`base=True`): the edit that it carries is the identity and stays off."""
     base, tokenizer = load(name, dtype, device)
-    model: Any = get_peft_model(base, ReftConfig(r=1, layers_to_transform=[0], positions="l1", task_type="CAUSAL_LM"))
+    model = new_adapter(base, ReftConfig(r=1, layers_to_transform=[0], positions="l1", task_type="CAUSAL_LM"))
     arguments = read_chat_template_kwargs(chat_template_kwargs)
     encoding = Encoding(tokenizer, on_long_prompt="error", chat_template_kwargs=arguments)
     return EditedModel(model.eval(), tokenizer, within_context(encoding, base))

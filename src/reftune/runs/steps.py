@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 
 from reftune import models
+from reftune.adapter.config import new_adapter
 from reftune.data.showing import show_examples
 from reftune.data.streaming import StreamedRows
 from reftune.engine.position_grammar import parse_positions
@@ -103,10 +104,7 @@ def attach_edit(base: Any, recipe: TrainRecipe, head: Sequence[str] = (), **opti
         ReftuneError: a layer, component or rank that the model does not have.
     """
     with told_as_keys():
-        model = get_peft_model(base, recipe.adapter_config(head), **options)
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"get_peft_model returned a {type(model).__name__}")
-    return model
+        return new_adapter(base, recipe.adapter_config(head), **options)
 
 
 def encode_rows(

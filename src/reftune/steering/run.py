@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
 from rich.console import Console
 from rich.progress import Progress
 
 from reftune import models
-from reftune.adapter.config import ReftConfig
+from reftune.adapter.config import ReftConfig, new_adapter
 from reftune.data.formats import Example
 from reftune.data.persona import neutral_rows
 from reftune.data.tokenising import REJECTED, Encoded, Encoding
@@ -200,7 +199,7 @@ def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Co
 def _written(base: _Base, prompts: Sequence[Example], instruction: str | None, settings: SteerSettings) -> list[str]:
     """Greedy answers of the base model, under an instruction or as it is."""
     nothing = ReftConfig(method="lobireft", r=1, layers_to_transform=[0], task_type="CAUSAL_LM")
-    peft: Any = get_peft_model(base.model, nothing)
+    peft: Any = new_adapter(base.model, nothing)
     encoding = Encoding(base.tokenizer, system_prompt=instruction, max_length=base.encoding.limit)
     greedy = GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
     answers = generate_answers(EditedModel(peft, base.tokenizer, encoding), prompts, greedy, base=True)
@@ -480,7 +479,7 @@ def _adapter(
         base_model_name_or_path=settings.model,
         inference_mode=inference_mode,
     )
-    peft: Any = get_peft_model(base.model, config)
+    peft: Any = new_adapter(base.model, config)
     edits = peft.base_model.engine.edits("default")
     for site, direction in directions.items():
         own = edit_of(direction, strength, settings.remove)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from rich.console import Console
 
+from reftune.adapter.config import new_adapter
 from reftune.data.formats import Example, examples_of
 from reftune.data.reading import read_rows
 from reftune.data.splitting import split_rows
@@ -79,8 +80,7 @@ def adapt_user(
     transformers.set_seed(recipe.seed)
     base, tokenizer = load_base(recipe)
     _check_base(store, base)
-    model = get_peft_model(base, PeftConfig.from_peft_type(**{**store.config, "inference_mode": False}))
-    assert isinstance(model, PeftModel)
+    model = new_adapter(base, PeftConfig.from_peft_type(**{**store.config, "inference_mode": False}))
     _check_shared(store, model)
     use_shared(model, store)
     users, _, encoded = encoded_users(recipe, model, tokenizer, {user: rows})
