@@ -489,7 +489,7 @@ def test_what_peft_reads_of_a_base_is_no_warning_where_we_put_an_adapter_on_it(t
     said = "`is_gradient_checkpointing` is deprecated"
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        new_adapter(TINY["llama"](), config()).save_pretrained(tmp_path)
+        new_adapter(TINY["llama"](), config()).save_pretrained(str(tmp_path))
         PeftModel.from_pretrained(TINY["llama"](), str(tmp_path))
         ours = [str(one.message) for one in heard if said in str(one.message)]
         get_peft_model(TINY["llama"](), LoraConfig(target_modules=["q_proj"]))  # PEFT alone

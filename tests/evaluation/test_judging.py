@@ -79,10 +79,9 @@ def test_a_classifier_accepts_what_it_takes_for_the_class(place: Path) -> None:
         ("json:nothing", "json has no function 'nothing'"),
         ("{place}/rules.py:LIMIT", "has, but not as a function"),
         ("{place}/broken.py:f", "SyntaxError"),
-        ("{place}", "this folder holds neither an adapter nor a model: write FOLDER, FOLDER:CLASS"),
+        ("{place}", "this folder has neither adapter_config.json nor config.json: write FOLDER, FOLDER:CLASS"),
         ("{place}/plain:parrot", "no class 'parrot'; its classes are plain, pirate, Accepted"),
         ("{place}/writer", "LlamaForCausalLM, not for sequence classification"),
-        ("{place}", "config.json"),
     ],
 )
 def test_a_judge_that_cannot_be_loaded(place: Path, source: str, said: str) -> None:

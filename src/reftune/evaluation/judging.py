@@ -127,7 +127,7 @@ def _classifier(folder: Path, label: str | None) -> Judge:
     from reftune.inference.classifying import load_classifier, load_plain_classifier, predict
 
     if not any((folder / name).is_file() for name in (CONFIG_FILE, "config.json")):
-        raise ReftuneError(f"judge {folder}: this folder holds neither an adapter nor a model: {_FORMS}.")
+        raise ReftuneError(f"judge {folder}: this folder has neither {CONFIG_FILE} nor config.json: {_FORMS}.")
     classifier = (load_classifier if (folder / CONFIG_FILE).is_file() else load_plain_classifier)(folder)
     names = classifier.scheme.names
     if names and label is None:
