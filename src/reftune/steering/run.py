@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import transformers
-from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,12 +18,11 @@ from reftune import models
 from reftune.adapter.config import ReftConfig, new_adapter
 from reftune.data.formats import Example
 from reftune.data.persona import neutral_rows
-from reftune.data.tokenising import REJECTED, Encoded, Encoding
+from reftune.data.tokenising import Encoding
 from reftune.engine.position_grammar import parse_positions
 from reftune.engine.sites import Site, find_sites
 from reftune.errors import ReftuneError
 from reftune.evaluation.judging import Judge, accepted_share, load_judge
-from reftune.evaluation.row_losses import row_losses
 from reftune.inference.generation import generate_answers
 from reftune.inference.loading import EditedModel, within_context
 from reftune.inference.settings import GenerationSettings
@@ -35,25 +30,18 @@ from reftune.output.files import write_text
 from reftune.output.locks import only_writer, refuse_if_locked
 from reftune.output.targets import check_file_target, check_folder_target
 from reftune.runs.output_folder import save_adapter
-from reftune.steering.contrasts import Contrasts, Row, read_contrasts, split
-from reftune.steering.directions import Direction, find_directions, gap_in_deviations, separation
-from reftune.steering.gates import Gate, balanced_accuracy, find_gate, gated_edit, open_shares, read_when
+from reftune.steering.contrasts import Contrasts, read_contrasts, split
+from reftune.steering.directions import Direction
+from reftune.steering.gates import Gate, balanced_accuracy, find_gate, open_shares, read_when
 from reftune.steering.report import CARD_FILE, PICTURE_FILE, card, draw
+from reftune.steering.search import Base, Found, adapter, method_of, search
 from reftune.steering.settings import SteerSettings
-from reftune.steering.states import mean_states, token_states
-from reftune.steering.strength import Neutral, edit_of, steered
+from reftune.steering.states import token_states
+from reftune.steering.strength import Neutral, steered
 from reftune.steering.vectors import ANY_LAYER, holds_vectors, may_hold_vectors, read_vectors, write_vectors
-from reftune.training.arguments import ReftTrainingArguments
-from reftune.training.objectives import Forward
-from reftune.training.supervised_logits import supervised_forward
-from reftune.training.trainer import ReftTrainer
 
 RESULT_FILE = "steer.json"
-_CANDIDATES = 4
-_STRENGTHS = (0.5, 1.0, 2.0)
 _FEWEST = 4
-_TRIED = 6
-"""Held-out rows of each side on which layers and strengths are tried."""
 
 
 @dataclass
@@ -67,34 +55,6 @@ class Steered:
 
     folder: Path
     found: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The base model and how it reads rows."""
-
-    model: Any
-    tokenizer: Any
-    encoding: Encoding
-    batch_size: int
-
-    @property
-    def pad(self) -> int:
-        return int(self.tokenizer.pad_token_id)
-
-    def rows(self, rows: Sequence[Row]) -> list[Encoded]:
-        return self.encoding.dataset(rows).to_list()  # type: ignore[arg-type, return-value]
-
-    def prompts(self, rows: Sequence[Example]) -> list[Encoded]:
-        """Rows of which some have no completion."""
-        return [
-            self.rows([row])[0] if row.completion.strip()
-            else {"input_ids": (ids := self.encoding.generation_prompt(row)), "labels": [], "prompt_length": len(ids)}
-            for row in rows
-        ]  # fmt: skip
-
-    def loss(self, rows: Sequence[Encoded], forward: Forward = supervised_forward) -> float:
-        return row_losses(self.model, rows, self.pad, self.batch_size, forward).per_token
 
 
 def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
@@ -128,7 +88,7 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
     transformers.set_seed(settings.seed)
     model, tokenizer = models.load(settings.model, settings.dtype, settings.device)
     model.requires_grad_(False)  # or nothing below an edit would count as constant
-    base = _Base(
+    base = Base(
         model, tokenizer, within_context(Encoding(tokenizer, on_long_prompt="truncate"), model), settings.batch_size
     )
     given = list(vectors) if vectors else "all"
@@ -137,22 +97,22 @@ def steer(source: Any, settings: SteerSettings, console: Console) -> Steered:
         raise ReftuneError(f"rank={settings.rank}: the hidden state has {sites[0].width} dimensions.")
     with Progress(console=console, transient=True) as progress:
         if vectors is None:
-            found = _search(base, sites, contrasts or _read(source, settings, base), settings, progress)
+            found = search(base, sites, contrasts or _read(source, settings, base), settings, progress)
         else:
-            found = _Found(_as_directions(vectors, sites, str(source)), settings.scale or 1.0, "a control vector")
+            found = Found(_as_directions(vectors, sites, str(source)), settings.scale or 1.0, "a control vector")
         gates, told = _gates(base, list(found.directions), when, neutral, settings, progress) if when else ({}, [])
         progress.add_task("Measuring", total=None)
         result = _measure(base, found, measured_on, settings, gates)
         result["gates"] = told
         if judge is not None:
-            with _adapter(base, found.directions, gates, result["strength"], settings) as peft:
+            with adapter(base, found.directions, gates, result["strength"], settings) as peft:
                 result |= _judged(base, peft, found.prompts or neutral, judge, settings)
     strength = result["strength"]
     if settings.gguf:
         added = {int(site.layer or 0): strength * d.vector for site, d in found.directions.items()}
         write_vectors(settings.gguf, added, str(model.config.model_type))
     with only_writer(output):
-        with _adapter(base, found.directions, gates, strength, settings) as peft:
+        with adapter(base, found.directions, gates, strength, settings) as peft:
             save_adapter(peft, output)
         draw(result, output / PICTURE_FILE)
         write_text(output / CARD_FILE, card(result, settings.model))
@@ -174,7 +134,7 @@ def _as_directions(vectors: dict[int, Any], sites: Sequence[Site], source: str) 
     return found
 
 
-def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Contrasts:
+def _read(source: Any, settings: SteerSettings, base: Base | None = None) -> Contrasts:
     instructions = None
     if settings.positive_prompt is not None and settings.negative_prompt is not None:
         instructions = settings.positive_prompt, settings.negative_prompt
@@ -196,7 +156,7 @@ def _read(source: Any, settings: SteerSettings, base: _Base | None = None) -> Co
     return contrasts
 
 
-def _written(base: _Base, prompts: Sequence[Example], instruction: str | None, settings: SteerSettings) -> list[str]:
+def _written(base: Base, prompts: Sequence[Example], instruction: str | None, settings: SteerSettings) -> list[str]:
     """Greedy answers of the base model, under an instruction or as it is."""
     nothing = ReftConfig(method="lobireft", r=1, layers_to_transform=[0], task_type="CAUSAL_LM")
     peft: Any = new_adapter(base.model, nothing)
@@ -209,87 +169,8 @@ def _written(base: _Base, prompts: Sequence[Example], instruction: str | None, s
         peft.unload()
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Tokenised rows of the positive and the negative side, and which of them are held out."""
-
-    rows: tuple[list[Encoded], list[Encoded]]
-    splits: Sequence[list[list[int]]]
-
-    def held_out(self) -> tuple[list[Encoded], list[Encoded]]:
-        """Held-out rows of each side on which layers and strengths are tried."""
-        first, second = (
-            [rows[i] for i in held][:_TRIED] for rows, (_, held) in zip(self.rows, self.splits, strict=True)
-        )
-        return first, second
-
-
-def _directions(
-    base: _Base, sites: list[Site], sides: _Sides, paired: bool, settings: SteerSettings, progress: Progress
-) -> tuple[dict[Site, Direction], list[dict[str, float]]]:
-    """The directions at every layer, and how well each tells the held-out rows apart."""
-    positions, rows = parse_positions(settings.positions), [*sides.rows[0], *sides.rows[1]]
-    task = progress.add_task("Reading hidden states", total=len(rows))
-    found: dict[Site, Direction] = {}
-    told: list[dict[str, float]] = []
-    with mean_states(
-        base.model, rows, sites, positions, base.pad, base.batch_size, partial(progress.advance, task)
-    ) as states:
-        halves = states[: len(sides.rows[0])], states[len(sides.rows[0]) :]
-        for place, site in enumerate(sites):
-            (learnt, held), (others, others_held) = (
-                (half[learn, place], half[hold, place])
-                for half, (learn, hold) in zip(halves, sides.splits, strict=True)
-            )
-            found[site] = find_directions(
-                learnt, others, estimator=settings.estimator, rank=settings.rank, paired=paired
-            )
-            one = {"layer": float(site.layer or 0), "separation": separation(held, others_held, found[site])}
-            told.append(one | {"deviations": gap_in_deviations(held, others_held, found[site])})
-    return found, told
-
-
-def _choose(
-    base: _Base,
-    directions: dict[Site, Direction],
-    told: list[dict[str, float]],
-    sides: _Sides,
-    measured: bool,
-    settings: SteerSettings,
-    progress: Progress,
-) -> tuple[list[Site], float, list[dict[str, float]]]:
-    """The layers and the strength under which the side that is wanted is likeliest, and every loss on the way."""
-    sign = -1.0 if (settings.scale or 1.0) < 0 else 1.0
-    groups = [list(directions)]
-    if settings.layers == "auto":
-        groups = [
-            [site] for _, site in _apart(sorted(zip(told, directions, strict=True), key=lambda i: -i[0]["deviations"]))
-        ]
-    if not measured:  # whole texts have no answers whose likelihood could choose
-        return groups[0], settings.scale or sign, []
-    wanted = sides.held_out()[1 if settings.remove or sign < 0 else 0]
-    strengths = (settings.scale,) if settings.scale is not None else (1.0,) if settings.remove else _STRENGTHS
-    tried: list[dict[str, float]] = []
-    taken = groups[0], strengths[0]
-    task = progress.add_task("Trying layers and strengths", total=len(groups))
-    for group in groups:
-        last = math.inf
-        some = {site: directions[site] for site in group}
-        with steered(base.model, some, settings.positions, remove=settings.remove, rows=wanted) as on:
-            for strength in strengths:
-                loss = base.loss(wanted, on.at(strength))
-                if loss < min((one["loss"] for one in tried), default=math.inf):
-                    taken = group, strength
-                tried.append({"layer": float(group[0].layer or 0), "strength": strength, "loss": loss})
-                if loss > last:
-                    break  # stronger is worse from here on
-                last = loss
-        progress.advance(task)
-    return *taken, tried
-
-
 def _gates(
-    base: _Base,
+    base: Base,
     sites: list[Site],
     when: tuple[list[Example], list[Example]],
     neutral: Sequence[Example],
@@ -330,78 +211,8 @@ def _gates(
     return gates, told
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Directions that are taken, how strong they are, and what is known of them.
-
-    Attributes:
-        directions: by site.
-        strength: at which they were best.
-        said: where they come from.
-        held: held-out rows by side, whose likelihood is to be measured; empty where there are none.
-        prompts: of the held-out rows of the positive side; empty where these are whole texts.
-        facts: what else goes into the result.
-    """
-
-    directions: dict[Site, Direction]
-    strength: float
-    said: str
-    held: dict[str, list[Encoded]] = field(default_factory=dict)
-    prompts: list[Example] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=lambda: {"rows": {}, "by layer": [], "tried": []})
-
-
-def _search(
-    base: _Base, sites: list[Site], contrasts: Contrasts, settings: SteerSettings, progress: Progress
-) -> _Found:
-    """The directions at the layers and with the strength that work best."""
-    both = base.rows(contrasts.positive), base.rows(contrasts.negative)
-    splits = [split(len(side), settings.eval_fraction, settings.seed) for side in both]
-    sides = _Sides(both, splits)
-    directions, told = _directions(base, sites, sides, contrasts.paired, settings, progress)
-    chosen, strength, tried = _choose(base, directions, told, sides, contrasts.answers, settings, progress)
-    rows = {"positive": len(both[0]), "negative": len(both[1]), "held out": len(sides.splits[0][1])}
-    one, other = sides.held_out()
-    held = {"positive": one, "negative": other} if contrasts.answers else {}
-    if settings.train is not None:
-        progress.add_task(f"Training ({settings.train})", total=None)
-        directions = _trained(base, {site: directions[site] for site in chosen}, sides, settings)
-        strength = settings.scale or 1.0
-    facts = {"rows": rows, "by layer": told, "tried": tried}
-    prompts = [row for index in sides.splits[0][1] if isinstance(row := contrasts.positive[index], Example)]
-    return _Found({site: directions[site] for site in chosen}, strength, contrasts.said, held, prompts, facts)
-
-
-def _trained(
-    base: _Base, directions: dict[Site, Direction], sides: _Sides, settings: SteerSettings
-) -> dict[Site, Direction]:
-    """The directions after training on the pairs; at strength 1 they are as strong as they were learnt."""
-    positive, negative = sides.rows
-    rows = [{**positive[i], **{REJECTED + name: of for name, of in negative[i].items()}} for i in sides.splits[0][0]]
-    with _adapter(base, directions, {}, 1.0, settings, inference_mode=False) as peft:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = ReftTrainer(
-                model=peft,
-                args=ReftTrainingArguments(
-                    folder, objective=str(settings.train), num_train_epochs=settings.epochs, learning_rate=settings.lr,
-                    per_device_train_batch_size=settings.batch_size, seed=settings.seed, save_strategy="no",
-                    report_to="none", disable_tqdm=True, use_cpu=base.model.device.type == "cpu",
-                ),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=base.tokenizer,
-            )  # fmt: skip
-            trainer.train()
-        edits = peft.base_model.engine.edits("default")
-        found = {}
-        for site in directions:
-            edit = edits[site.block_path].eval()
-            rotation, bias = (tensor.detach().double().cpu().numpy() for tensor in (edit.rotation, edit.bias))
-            found[site] = Direction(np.where(bias < 0, -1.0, 1.0)[:, None] * rotation, np.abs(bias))
-    return found
-
-
 def _measure(
-    base: _Base, found: _Found, neutral: Sequence[Example], settings: SteerSettings, gates: dict[Site, Gate]
+    base: Base, found: Found, neutral: Sequence[Example], settings: SteerSettings, gates: dict[Site, Gate]
 ) -> dict[str, Any]:
     """What the edit does, its gates open, and what it does behind them: the result as it is written."""
     plain = Neutral(base.model, base.rows(neutral), base.pad, base.batch_size)
@@ -427,7 +238,7 @@ def _measure(
             behind = plain.effect(on, strength).kl_of()
     return {
         "from": found.said,
-        "method": _method(settings, gates),
+        "method": method_of(settings, gates),
         "layers": [int(site.layer or 0) for site in found.directions],
         "strength": 1.0 if settings.remove else strength,
         "held-out loss, base": before, "held-out loss, steered": after,
@@ -439,15 +250,6 @@ def _measure(
     }  # fmt: skip
 
 
-def _apart(ranked: list[tuple[dict[str, float], Site]]) -> list[tuple[dict[str, float], Site]]:
-    """The best layers, none beside another that is better."""
-    taken: list[tuple[dict[str, float], Site]] = []
-    for item in ranked:
-        if len(taken) < _CANDIDATES and all(abs(item[0]["layer"] - other[0]["layer"]) > 1 for other in taken):
-            taken.append(item)
-    return taken
-
-
 def _ratio(before: dict[str, float], after: dict[str, float]) -> float | None:
     """How much the log-likelihood of a positive token gained on that of a negative one."""
     if not before or not after:
@@ -455,44 +257,7 @@ def _ratio(before: dict[str, float], after: dict[str, float]) -> float | None:
     return (before["positive"] - after["positive"]) - (before["negative"] - after["negative"])
 
 
-def _method(settings: SteerSettings, gates: dict[Site, Gate]) -> str:
-    return "gated" if gates else "consreft" if settings.remove else "lobireft"
-
-
-@contextmanager
-def _adapter(
-    base: _Base,
-    directions: dict[Site, Direction],
-    gates: dict[Site, Gate],
-    strength: float,
-    settings: SteerSettings,
-    inference_mode: bool = True,
-) -> Iterator[Any]:
-    """The PEFT model with the edits of these directions, for the length of a ``with`` block."""
-    config = ReftConfig(
-        method=_method(settings, gates),
-        r=settings.rank,
-        layers_to_transform=[int(site.layer or 0) for site in directions],
-        positions=settings.positions,
-        init="paper",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=settings.model,
-        inference_mode=inference_mode,
-    )
-    peft: Any = new_adapter(base.model, config)
-    edits = peft.base_model.engine.edits("default")
-    for site, direction in directions.items():
-        own = edit_of(direction, strength, settings.remove)
-        edits[site.block_path].load_state_dict((gated_edit(own, gates[site]) if gates else own).state_dict())
-    try:
-        yield peft.eval()
-    finally:
-        peft.unload()
-
-
-def _judged(
-    base: _Base, peft: Any, prompts: Sequence[Example], judge: Judge, settings: SteerSettings
-) -> dict[str, Any]:
+def _judged(base: Base, peft: Any, prompts: Sequence[Example], judge: Judge, settings: SteerSettings) -> dict[str, Any]:
     """The shares of greedy answers that a judge accepts, without the edit and with it."""
     greedy = GenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
     edited, shares = EditedModel(peft, base.tokenizer, base.encoding), {}
