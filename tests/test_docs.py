@@ -83,6 +83,7 @@ NOT_RUN = {
         "reftune train out/run.yaml",
         "DistributedConfig",
         "offload_folder",
+        "--jobs 4",
     ],
     "docs/how-to/share.md": [
         "model = AutoPeftModelForCausalLM",

@@ -10,6 +10,8 @@ import pytest
 
 from reftune.evaluation.tasks import GROUPS
 
+TWO = {"arc_easy", "arc_challenge"}
+
 
 def adapters_file(path: Path, count: int = 4) -> Path:
     rows: list[dict[str, Any]] = [
@@ -41,6 +43,23 @@ def test_a_task_is_generated_for_base_and_edited(cli, trained: Path, tmp_path: P
     record = json.loads((out / "arc_easy.edited.jsonl").read_text().splitlines()[0])
     assert {"row", "prompt", "answer", "gold", "extracted", "right"} == set(record)
     assert record["prompt"].startswith("<|im_start|>")  # as in training, which this folder's run.yaml tells
+
+
+def test_tasks_at_a_time_score_what_they_score_one_after_another(cli, trained: Path, tmp_path: Path) -> None:
+    for name in TWO:
+        adapters_file(tmp_path / "data" / name / "test.json", 2)
+    asked = (
+        "eval", trained, "--task", ",".join(TWO), "--data", tmp_path / "data", "--max-new-tokens", 3,
+        "--device", "cpu",
+    )  # fmt: skip
+    found = {}
+    for jobs in (1, 2):
+        out = tmp_path / f"out-{jobs}"
+        result = cli(*asked, "--out", out, "--jobs", jobs)
+        assert result.exit_code == 0, result.output
+        found[jobs] = {file.name: file.read_text() for file in out.glob("*.jsonl")}
+    assert len(found[1]) == 4 and found[1] == found[2]
+    assert "arc_easy: done" in result.stderr and set(json.loads((out / "results.json").read_text())["tasks"]) == TWO
 
 
 def test_options_are_scored_and_several_tasks_average(cli, trained: Path, tmp_path: Path) -> None:

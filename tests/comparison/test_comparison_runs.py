@@ -144,15 +144,14 @@ def test_what_cannot_work_is_told_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_of_its_own_gives_the_same_figures_and_tells_its_memory(
+def test_two_processes_at_a_time_give_the_same_figures_and_tell_their_memory(
     compared: Comparison, written: Written, place: Path, tmp_path: Path
 ) -> None:
-    here = compared.of("LoReFT l1")[0]
     options = str(place / "options.jsonl")
     recipe = resolve_comparison(
         written(
             tmp_path,
-            {"LoReFT l1": METHODS["LoReFT l1"]},
+            TWO,
             generate=2,
             max_new_tokens=3,
             options=options,
@@ -160,11 +159,19 @@ def test_a_process_of_its_own_gives_the_same_figures_and_tells_its_memory(
             refusal_file=str(place / "refusals.csv"),
         )  # fmt: skip
     )
-    apart = run_comparison(recipe).results[0]
-    assert (apart.loss, apart.order, apart.answers) == (pytest.approx(here.loss, abs=1e-5), here.order, here.answers)
-    assert apart.fingerprint == here.fingerprint
-    assert here.peak_memory_bytes is None
-    assert apart.peak_memory_bytes is not None and 1 << 18 < apart.peak_memory_bytes < 1 << 30
+    results = run_comparison(recipe, jobs=2).results
+    assert [result.method for result in results] == list(TWO)
+    for apart in results:
+        here = compared.of(apart.method)[0]
+        assert (apart.loss, apart.order, apart.answers) == (
+            pytest.approx(here.loss, abs=1e-5),
+            here.order,
+            here.answers,
+        )
+        assert apart.fingerprint == here.fingerprint
+        assert here.peak_memory_bytes is None
+        assert apart.peak_memory_bytes is not None and 1 << 18 < apart.peak_memory_bytes < 1 << 30
+    apart = results[0]
     stored = json.loads((run_folder(recipe, recipe.methods[0], 0) / "result.json").read_text())
     assert stored["peak_memory_bytes"] == apart.peak_memory_bytes
     assert not list(tmp_path.rglob("*log.txt")), "the log of a run that went well was left"

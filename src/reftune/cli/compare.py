@@ -32,7 +32,10 @@ def compare(
     ],
     seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, in place of the recipe's.")] = None,
     jobs: Annotated[
-        int, typer.Option(help="Runs at a time; above 1 they share the machine, and their seconds show it.", min=1)
+        int,
+        typer.Option(
+            help="Runs at a time: each takes a GPU in turn, or its share of the CPU, which its seconds show.", min=1
+        ),
     ] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run this method only; may be given several times.")] = None,
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; write the report again.")] = False,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,7 +19,7 @@ from reftune.errors import ReftuneError
 from reftune.inference.settings import BaseModel, GenerationSettings
 from reftune.output import terminal
 from reftune.output.targets import check_file_target, check_folder_target, result_with
-from reftune.runs.recipe_values import option, read_columns, read_flags, typed_fields
+from reftune.runs.recipe_values import as_flags, option, read_columns, read_flags, typed_fields
 
 _HELD_OUT, _TASKS, _EFFECTS, _BOTH = "Held-out rows", "Tasks", "Side effects", "Options"
 
@@ -91,6 +94,9 @@ class EvalOptions:
         "Longest answer; default: 128 for the exact match, 64 for side effects, the paper's for a task.",
         "tokens",
         least=1,
+    )
+    jobs: int = option(
+        1, _TASKS, "Tasks at a time, each in a process: they take GPUs in turn, or share the CPU.", "tasks", least=1
     )
     base: bool = option(True, _BOTH, "Score the base model beside it.")
     base_only: bool = option(False, _BOTH, "DIR is a base model (name or folder): score it alone, on tasks.")
@@ -256,38 +262,51 @@ def _score_classifier(
 
 def _evaluate_tasks(folder: str, task: str, options: EvalOptions, base_model: BaseModel) -> None:
     from reftune.cli.results import task_table
-    from reftune.evaluation.task_report import SUMMARY, base_alone, default_template, evaluate_tasks
+    from reftune.evaluation.task_report import SUMMARY, base_alone, default_template, evaluate_apart, evaluate_tasks
     from reftune.evaluation.tasks import expand_names
     from reftune.inference.loading import adapter_folders, load_mixture
 
-    expand_names(task)  # a misspelt name costs no loading
+    tasks = expand_names(task)  # a misspelt name costs no loading
     folders = [folder] if options.base_only else [of for of, _ in adapter_folders(folder)]
     out = None if options.out is None else Path(options.out)
     if out is not None and out.is_file():
         raise ReftuneError(f"--out {out} is a file; with --task it is a folder")
     if out is not None:
         check_folder_target(out, "--out ", ["*.settings.json"], [*folders, options.data])
-    if options.base_only:
-        edited = base_alone(folder, base_model.dtype, base_model.device, options.chat_template_kwargs)
-    else:
-        edited = load_mixture(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
-    template = options.template
-    report = evaluate_tasks(
-        edited,
-        task,
-        options.data,
-        models=["base"] if options.base_only else ["base", "edited"] if options.base else ["edited"],
-        scoring=options.scoring,
-        form=options.options,
-        template=default_template(edited.folder) if template is None else None if template == "trained" else template,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        greedy=options.greedy,
-        seed=options.seed,
-        limit=options.limit_rows,
-        out=out,
-        progress=True,
-    )
+    with TemporaryDirectory() if out is None and options.jobs > 1 else nullcontext(out) as place:
+        place = None if place is None else Path(place)
+        if options.jobs > 1:
+            alone = {name: replace(options, task=name, out=str(place), jobs=1) for name in tasks}
+            start = [sys.executable, "-m", "reftune", "eval"]
+            commands = {
+                name: [*start, *as_flags(one), *as_flags(base_model), "--", folder] for name, one in alone.items()
+            }
+            evaluate_apart(commands, options.jobs, base_model.device)
+        if options.base_only:
+            edited = base_alone(folder, base_model.dtype, base_model.device, options.chat_template_kwargs)
+        else:
+            edited = load_mixture(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
+        template = options.template
+        report = evaluate_tasks(
+            edited,
+            task,
+            options.data,
+            models=["base"] if options.base_only else ["base", "edited"] if options.base else ["edited"],
+            scoring=options.scoring,
+            form=options.options,
+            template=default_template(edited.folder)
+            if template is None
+            else None
+            if template == "trained"
+            else template,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            greedy=options.greedy,
+            seed=options.seed,
+            limit=options.limit_rows,
+            out=place,
+            progress=True,
+        )
     console = terminal.console()
     console.print(task_table(report))
     if out is not None:

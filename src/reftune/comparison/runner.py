@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from reftune.output import terminal
 from reftune.output.files import write_text
 from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
+from reftune.runs.jobs import Jobs
 from reftune.runs.output_folder import readable_disk_errors
 from reftune.training.prefix.store import PrefixStore
 
@@ -76,7 +74,8 @@ def run_comparison(
 
     Args:
         recipe: the comparison.
-        jobs: runs at a time; above 1 their seconds are those of sharing the machine.
+        jobs: runs at a time, each on a GPU of its own as far as they go; where they share a GPU or the CPU, their
+            seconds are those of sharing.
         only: names of methods to run; the others' results are returned if they are there.
         own_processes: run each in a fresh process, so that its memory can be told; else one after another in this one,
             which spares the start (and knows edits registered here).
@@ -89,8 +88,6 @@ def run_comparison(
         ReftuneError: what the user can mend, before anything runs; or every run that was tried has failed.
         ComparisonInterrupted: after Ctrl-C; finished runs are kept.
     """
-    if jobs < 1:
-        raise ReftuneError(f"jobs={jobs}: give at least 1.")
     if jobs > 1 and not own_processes:
         raise ReftuneError(f"jobs={jobs}: several runs at a time need processes of their own.")
     if share_prefixes and own_processes:
@@ -169,24 +166,24 @@ def _run_all(
 ) -> tuple[dict[tuple[str, int], RunResult], dict[str, str]]:
     results: dict[tuple[str, int], RunResult] = {}
     failed: dict[str, str] = {}
-    children = _Children(jobs)
+    apart = Jobs(jobs, recipe.shared.device)
 
     def one(run: tuple[Method, int]) -> None:
         method, seed = run
         name = run_name(method, seed)
-        if children.stopped:
+        if apart.stopped:
             return
         progress.begin(name)
         try:
             if own_processes:
-                result = children.run(recipe, method, seed, lambda news: progress.tell(name, news))
+                result = _run_apart(apart, recipe, method, seed, lambda news: progress.tell(name, news))
             else:
                 result = execute(
                     recipe, method, seed, lambda news: progress.tell(name, news), own_process=False, store=store
                 )
         except ReftuneError as error:
             failed[name] = str(error)
-            if not children.stopped:
+            if not apart.stopped:
                 progress.end(name, None, str(error))
             return
         results[method.name, seed] = result
@@ -194,14 +191,7 @@ def _run_all(
 
     try:
         if own_processes:
-            with ThreadPoolExecutor(jobs) as pool:
-                futures = [pool.submit(one, run) for run in todo]
-                try:
-                    for future in futures:
-                        future.result()
-                except BaseException:
-                    children.stop()
-                    raise
+            apart.each(one, todo)
         else:
             for run in todo:
                 one(run)
@@ -213,57 +203,33 @@ def _run_all(
     return results, failed
 
 
-class _Children:
-    """The processes of runs: starts them, reads what they tell, and ends those of its own that are left."""
-
-    def __init__(self, jobs: int) -> None:
-        self.stopped = False
-        self._running: set[subprocess.Popen[str]] = set()
-        self._lock = threading.Lock()
-        self._environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        if jobs > 1:  # else each would take every core
-            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-
-    def run(self, recipe: CompareRecipe, method: Method, seed: int, tell: Any) -> RunResult:
-        folder = run_folder(recipe, method, seed)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.parent / f"seed{seed}-{LOG_FILE}"  # beside the folder, which the run clears
-        command = [sys.executable, "-m", "reftune.comparison.worker", str(recipe.folder), method.name, str(seed)]
-        failure = ""
-        with log.open("w", encoding="utf-8") as errors:
-            with self._lock:
-                if self.stopped:
-                    raise ReftuneError("stopped")
-                process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True,
-                    env=self._environment, encoding="utf-8", errors="replace",
-                )  # fmt: skip
-                self._running.add(process)
-            assert process.stdout is not None
-            with process.stdout as told:
-                for line in told:
-                    if not line.startswith(MARK):
-                        errors.write(line)
-                        continue
-                    news = json.loads(line.removeprefix(MARK))
-                    failure = news.get("error", failure)
-                    if "error" not in news:
-                        tell(news)
-            status = process.wait()
-            with self._lock:
-                self._running.discard(process)
-        result = read_result(folder) if status == 0 else None
-        if result is None:
-            raise ReftuneError(failure or f"the process ended with status {status}: {_last_line(log)} (see {log})")
-        log.unlink()
-        return result
-
-    def stop(self) -> None:
-        """End what is running."""
-        with self._lock:
-            self.stopped = True
-            for process in self._running:
-                process.terminate()
+def _run_apart(jobs: Jobs, recipe: CompareRecipe, method: Method, seed: int, tell: Any) -> RunResult:
+    """One run in a process of its own, whose news are passed on."""
+    folder = run_folder(recipe, method, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"seed{seed}-{LOG_FILE}"  # beside the folder, which the run clears
+    command = [sys.executable, "-m", "reftune.comparison.worker", str(recipe.folder), method.name, str(seed)]
+    failure = ""
+    with (
+        log.open("w", encoding="utf-8") as errors,
+        jobs.running(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout is not None
+        with process.stdout as told:
+            for line in told:
+                if not line.startswith(MARK):
+                    errors.write(line)
+                    continue
+                news = json.loads(line.removeprefix(MARK))
+                failure = news.get("error", failure)
+                if "error" not in news:
+                    tell(news)
+        status = process.wait()
+    result = read_result(folder) if status == 0 else None
+    if result is None:
+        raise ReftuneError(failure or f"the process ended with status {status}: {_last_line(log)} (see {log})")
+    log.unlink()
+    return result
 
 
 def _last_line(log: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from reftune.evaluation.tasks import GROUPS, OPTIONS, TASKS, OptionForm, expand_
 from reftune.inference.generation import GenerationSettings
 from reftune.inference.loading import EditedModel, recorded_run, within_context
 from reftune.models import load
+from reftune.output import terminal
 from reftune.output.files import write_text
+from reftune.runs.jobs import Jobs
 from reftune.runs.output_folder import readable_disk_errors
 from reftune.runs.recipe_values import read_chat_template_kwargs
 
@@ -63,6 +66,30 @@ class TaskReport:
                         "mean": gap.mean, "low": gap.interval.low, "high": gap.interval.high, "p_value": gap.p_value
                     }  # fmt: skip
         return {"tasks": tasks, "averages": self.averages()}
+
+
+def evaluate_apart(commands: Mapping[str, Sequence[str]], jobs: int, device: str | None) -> None:
+    """Let processes evaluate a task each, several at a time; `evaluate_tasks` then finds their results in ``out``.
+
+    Args:
+        commands: by task, what evaluates it.
+        jobs: tasks at a time, each on a GPU in turn or with its share of the cores.
+        device: as the commands have it.
+
+    Raises:
+        ReftuneError: what one of them said.
+    """
+    processes, console = Jobs(min(jobs, len(commands)), device), terminal.console(stderr=True)
+
+    def one(task: str) -> None:
+        with processes.running(commands[task], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            said = process.communicate()[1].strip()
+        if process.returncode:
+            last = said.splitlines()[-1].removeprefix("Error: ") if said else "it said nothing"
+            raise ReftuneError(f"task {task}: {last}")
+        console.print(f"{task}: done", highlight=False)
+
+    processes.each(one, commands)
 
 
 def evaluate_tasks(

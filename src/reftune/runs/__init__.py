@@ -3,7 +3,8 @@
 Open `recipe.py` for what can be set (every flag and YAML key is a field there), `recipe_values.py` for how values are
 read, `completion.py`, `classification.py` and `preferences.py` for the kinds of run, `steps.py` for what they share,
 `output_folder.py` for what happens to files, `model_card.py` for the README that a run writes, `demo.py` for
-`reftune demo`, `processes.py` for several processes that train together.
+`reftune demo`, `processes.py` for several processes that train together, `jobs.py` for several
+runs at a time.
 
 Nothing here imports `cli`, `comparison` or `sweeps`, which are built on it.
 """

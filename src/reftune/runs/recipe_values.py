@@ -47,6 +47,18 @@ def option(
     return field(default=default, metadata={"group": group, "help": text, "unit": unit, "aka": aka, "least": least})
 
 
+def as_flags(values: Any) -> list[str]:
+    """A command's flags for the fields of a dataclass that are not at their defaults."""
+    found: list[str] = []
+    for item in fields(values):
+        value, name = getattr(values, item.name), item.name.replace("_", "-")
+        if value is True or value is False:
+            found += [] if value is item.default else [f"--{name}" if value else f"--no-{name}"]
+        elif value != item.default:
+            found.append(f"--{name}={value}")
+    return found
+
+
 def typed_fields(owner: type, without: Collection[str] = ()) -> list[tuple[Field[Any], Any]]:
     """The fields of a dataclass in order, each with its type as an object (`str | None` for instance)."""
     kinds = typing.get_type_hints(owner)
