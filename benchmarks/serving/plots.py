@@ -1,6 +1,6 @@
-"""The serving pictures of the documentation, from the lines that ``benchmarks.serving.embedded --out FILE`` wrote.
+"""The serving pictures of the documentation, from the lines that ``embedded`` or ``vllm`` wrote (``--out FILE``).
 
-Usage: python -m benchmarks.serving.plots FILE [FOLDER]
+Usage: python -m benchmarks.serving.plots FILE [FOLDER] [PREFIX]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from reftune.output.pictures import new_figure, save_figure
 
 
-def main(lines: str, folder: str = "docs/images") -> None:
+def main(lines: str, folder: str = "docs/images", prefix: str = "serving") -> None:
     """Tokens a CPU second as a share of the base model's: by registered adapters, and by those active in one batch."""
     found = [json.loads(line) for line in Path(lines).read_text(encoding="utf-8").splitlines()]
     lora = {case["adapters"]: case["of base"] for case in found if case["case"].startswith("LoRA")}
@@ -35,7 +35,7 @@ def main(lines: str, folder: str = "docs/images") -> None:
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.legend(loc="lower left", fontsize=8, frameon=False, ncols=2)
-        save_figure(figure, Path(folder) / f"serving-{name}.png")
+        save_figure(figure, Path(folder) / f"{prefix}-{name}.png")
 
 
 if __name__ == "__main__":
