@@ -23,7 +23,7 @@ from tests.serving.vllm.cases import Cases
 
 FLAGS = [
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32", "--served-model-name", "tiny",
-    "--api-key", "secret",
+    "--api-key", "secret", "--shutdown-timeout", "1",
 ]  # fmt: skip
 
 
@@ -88,6 +88,13 @@ class Server:
             if session == str(self.process.pid) and state != "Z":
                 found.append(int(entry.name))
         return found
+
+    def gone(self, seconds: float = 60) -> bool:
+        """Whether all of them end within so many seconds."""
+        until = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < until:
+            time.sleep(0.2)
+        return not left
 
     @contextmanager
     def slowed(self) -> Iterator[None]:

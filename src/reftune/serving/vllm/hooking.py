@@ -15,7 +15,7 @@ from typing import Any
 from reftune.errors import ReftuneError
 from reftune.serving.vllm.requested import FOLDERS, Requested, is_reft
 
-TESTED = ("0.31", "0.32", "0.33")
+TESTED = ("0.32", "0.33")
 """Versions of vLLM whose signatures were compared; an untested one is used as long as they are the same."""
 
 EXPECTED = {
@@ -28,6 +28,8 @@ EXPECTED = {
     "vllm.v1.engine.core:EngineCore.step": ["self"],
     "vllm.v1.engine.core:EngineCore.post_step": ["self", "model_executed"],
     "vllm.v1.engine.core:EngineCore.remove_lora": ["self", "lora_id"],
+    "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ["self", "timeout"],
+    "vllm.v1.engine.output_processor:OutputProcessor.abort_requests": ["self", "request_ids", "internal"],
     "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys": [
         "request", "start_token_idx", "end_token_idx", "start_mm_idx",
     ],
@@ -145,9 +147,11 @@ def _hook_workers(mixin: Any) -> None:
 def run_engine_core(*args: Any, **options: Any) -> None:
     """What a process of EngineCore runs in place of vLLM's own: the plug-in first, which vLLM loads too late there.
 
-    It ends with the process that started it, also where that was killed: vLLM's own would stay, with its memory.
+    It ends with the process that started it, also where that was killed: vLLM's own would stay, with its memory. A
+    terminal's Ctrl-C is for the server alone, which lets answers end first: workers that get it too go at once.
     """
     install()
+    os.setpgrp()
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _stock_run_engine_core(*args, **options)

@@ -16,6 +16,7 @@ from reftune.adapter.checkpoint import CONFIG_FILE, trained_beside_edits
 from reftune.errors import ReftuneError
 from reftune.models import BUNDLED, bundled_folder
 from reftune.serving.catalogue import Catalogue
+from reftune.serving.server import SECONDS_TO_END
 from reftune.serving.settings import LOCAL_HOSTS
 from reftune.serving.vllm.requested import FOLDERS
 from reftune.serving.vllm.startup import REFUSED
@@ -112,6 +113,7 @@ def command_line(
     reft = [config for config in configs if config.get("peft_type") == "REFT"]
     slots = str(min(max(MIN_SLOTS, len(configs) + sum(map(len, catalogue.stores))), MAX_SLOTS))
     chosen = {"--max-loras": slots, "--max-cpu-loras": str(max(CACHE, 2 * len(configs)))}
+    chosen["--shutdown-timeout"] = str(SECONDS_TO_END)
     if len(reft) == len(configs):  # with no LoRA adapter to serve, vLLM need not wrap the linear layers
         chosen["--lora-target-modules"] = "none"
     else:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class ModelList:
         app.add_api_route("/v1/models", models, methods=["GET"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Let changed folders be taken up, and say why one is refused; **changes the state**."""
+        """Let changed folders be taken up, say why one is refused, and end in order; **changes state and client**."""
         from vllm.entrypoints.serve import create_error_response
         from vllm.lora.resolver import LoRAResolverRegistry
 
@@ -149,3 +150,15 @@ class ModelList:
             return await stock(request, *rest, **options)
 
         served.load_lora_adapter = load_lora_adapter
+        _end_streams_with(engine_client)
+
+
+def _end_streams_with(engine_client: Any) -> None:
+    """Once the engine has ended, so do the answers that it left: vLLM's server would wait for their ends for ever."""
+    loop, stock, processor = asyncio.get_running_loop(), engine_client.shutdown, engine_client.output_processor
+
+    def shutdown(timeout: float | None = None) -> None:
+        stock(timeout=timeout)
+        loop.call_soon_threadsafe(lambda: processor.abort_requests(list(processor.request_states), internal=True))
+
+    engine_client.shutdown = shutdown
