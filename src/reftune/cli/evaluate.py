@@ -286,7 +286,7 @@ def _evaluate_tasks(folder: str, task: str, options: EvalOptions, base_model: Ba
             edited = base_alone(folder, base_model.dtype, base_model.device, options.chat_template_kwargs)
         else:
             edited = load_mixture(folder, chat_template_kwargs=options.chat_template_kwargs, **asdict(base_model))
-        template = options.template
+        template = default_template(edited.folder) if options.template is None else options.template
         report = evaluate_tasks(
             edited,
             task,
@@ -294,11 +294,7 @@ def _evaluate_tasks(folder: str, task: str, options: EvalOptions, base_model: Ba
             models=["base"] if options.base_only else ["base", "edited"] if options.base else ["edited"],
             scoring=options.scoring,
             form=options.options,
-            template=default_template(edited.folder)
-            if template is None
-            else None
-            if template == "trained"
-            else template,
+            template=None if template == "trained" else template,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
             greedy=options.greedy,
