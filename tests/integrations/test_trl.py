@@ -1,4 +1,4 @@
-"""ReFT under TRL's own trainers: SFT padded, packed and padding-free, DPO against the disabled adapter, GRPO."""
+"""ReFT under TRL's own trainers: SFT padded, packed and padding-free, DPO against the disabled adapter, GRPO, RLOO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 import reftune
 from reftune.engine.hooks import Engine
@@ -124,15 +124,20 @@ def test_dpo_prefers_the_chosen_answer_against_the_disabled_adapter(tmp_path, ti
     assert len(seen) == 8
 
 
-@pytest.mark.parametrize("positions", ["l1+generated", "f2+l3"])
-def test_grpo_rolls_out_the_edited_model_under_continuous_batching(tmp_path, tiny_tokenizer, positions: str):
+@pytest.mark.parametrize(
+    ("of_trainer", "of_settings", "positions"),
+    [(GRPOTrainer, GRPOConfig, "l1+generated"), (GRPOTrainer, GRPOConfig, "f2+l3"), (RLOOTrainer, RLOOConfig, "l2")],
+)
+def test_rollouts_under_continuous_batching_are_those_of_the_edited_model(
+    tmp_path, tiny_tokenizer, of_trainer: Any, of_settings: Any, positions: str
+):
     """The log-probabilities that the rollout saw are those of the training forward, which reads prompts from labels."""
     model = TINY["llama"]()
     rollouts: list[Any] = []
-    trainer = GRPOTrainer(
-        model,  # type: ignore[arg-type]
+    trainer = of_trainer(
+        model,
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-        args=GRPOConfig(
+        args=of_settings(
             **common(tmp_path, max_steps=2, save_strategy="no"), num_generations=2, max_completion_length=6, beta=0.0,
             use_transformers_continuous_batching=True,
             transformers_continuous_batching_config={
@@ -159,7 +164,8 @@ def test_grpo_rolls_out_the_edited_model_under_continuous_batching(tmp_path, tin
     trainer._get_per_token_logps_and_entropies = scored
     trainer.train()
     compared = 0
-    for rollout, step in zip(rollouts, seen, strict=True):
+    scored_again = len(seen) // len(rollouts)  # RLOO: before the step, and in it
+    for rollout, step in zip(rollouts, seen[::scored_again], strict=True):
         for result in rollout.values():
             answer, whole = result.generated_tokens, [*result.prompt_ids, *result.generated_tokens]
             for ids, logps, plain in zip(step["ids"].tolist(), step["logps"], step["plain"], strict=True):

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 import reftune
 from reftune.cli import app
+from reftune.errors import ReftuneError
 from reftune.inference.loading import load_edited
 from reftune.runs import run_training
 from reftune.runs.recipe import resolve_recipe
@@ -203,3 +209,41 @@ def test_a_journal_that_ends_in_something_else_is_refused_and_left(recipe: Path,
     with pytest.raises(reftune.ReftuneError, match="study.jsonl is damaged"):
         swept(recipe, trials=3)
     assert journal.read_bytes() == content
+
+
+GRID = {"trials": 10, "search": {"rank": [1, 2], "lr": [0.001, 0.01]}, "pruner": "none"}
+
+
+def test_two_jobs_try_every_combination_once_with_the_losses_of_one(tmp_path: Path, tiny: Path):
+    path = written(tmp_path, tiny, **GRID)
+    alone = swept(path)
+    with io.StringIO() as told:
+        apart = run_sweep(resolve_sweep(path, {"output": str(tmp_path / "apart")}), console=Console(file=told), jobs=2)
+        assert told.getvalue().count("every combination was tried") == 1
+    losses = [{tuple(trial.settings.items()): trial.value for trial in found.trials} for found in (alone, apart)]
+    assert len(losses[1]) == len(apart.trials) == 4 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert apart.best is not None and apart.best.value == min(losses[1].values())
+    metrics = json.loads((tmp_path / "apart" / "best" / "metrics.json").read_text())
+    assert (metrics["trial"], metrics["eval_loss"]) == (apart.best.number, apart.best.value)
+    assert not (tmp_path / "apart" / "trials").exists()
+
+
+def test_a_sweep_of_which_a_job_was_killed_goes_on(tmp_path: Path, tiny: Path):
+    path = written(tmp_path, tiny, **GRID, epochs=30)
+    folder = tmp_path / "out"
+
+    def kill_one() -> None:
+        while not any(folder.glob("trials/00*")):  # a trial is being trained
+            time.sleep(0.05)
+        jobs = [child for child in psutil.Process().children() if "reftune.sweeps.worker" in child.cmdline()]
+        jobs[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(ReftuneError, match="a job ended with status -9"):
+        run_sweep(resolve_sweep(path), jobs=2)
+    killer.join()
+    assert not [child for child in psutil.Process().children() if "reftune.sweeps.worker" in child.cmdline()]
+    result = swept(path)
+    assert [trial.state for trial in result.trials] == ["complete"] * 4
+    assert len({tuple(trial.settings.items()) for trial in result.trials}) == 4

@@ -32,6 +32,14 @@ def sweep(
             rich_help_panel="Sweep",
         ),
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Trials at a time, each job a process: they take GPUs in turn, or share the CPU.",
+            min=1,
+            rich_help_panel="Sweep",
+        ),
+    ] = 1,
     **flags: Any,
 ) -> None:
     """Search the settings with the lowest held-out loss; the trials share what prefix reuse computed.
@@ -45,7 +53,7 @@ def sweep(
     resolved = resolve_sweep(recipe, flags)  # before the libraries are loaded: a wrong key is told at once
     from reftune.sweeps.running import run_sweep
 
-    _print(run_sweep(resolved, more=more), terminal.console())
+    _print(run_sweep(resolved, more=more, jobs=jobs), terminal.console())
 
 
 def _print(result: SweepResult, console: Console) -> None:

@@ -1,8 +1,8 @@
 """Sweeps: the settings with the lowest held-out loss, searched by trials that share what prefix reuse computed.
 
-Open `recipe.py` and `space.py` for what is searched, `study.py` for the search, `trial_runs.py` and `running.py` for
-carrying it out, `records.py`, `report.py` and `pictures.py` for what it leaves. It must not import `cli` or
-`comparison`.
+Open `recipe.py` and `space.py` for what is searched, `study.py` for the search, `trial_runs.py`, `running.py` and
+`worker.py` for carrying it out, `records.py`, `report.py` and `pictures.py` for what it leaves. It must not import
+`cli` or `comparison`.
 """
 
 from typing import TYPE_CHECKING, Any

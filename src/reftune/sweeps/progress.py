@@ -53,6 +53,11 @@ class SweepProgress:
             text = settings_text({name: label_of(value) for name, value in settings.items()})
             self._bars.reset(self._steps, description=f"trial {number}", total=None, text=text)
 
+    def count(self, done: int, best: str) -> None:
+        """So many trials are over, and the best so far."""
+        if self._bars is not None:
+            self._bars.update(self._trials, completed=done, text=best)
+
     def step(self, done: int, total: int) -> None:
         """The trial has made a step."""
         if self._bars is not None:
@@ -60,8 +65,7 @@ class SweepProgress:
 
     def end_trial(self, record: TrialRecord, done: int, best: str) -> None:
         """A trial is over: its line, and the best so far."""
-        if self._bars is not None:
-            self._bars.update(self._trials, completed=done, text=best)
+        self.count(done, best)
         value = "" if record.value is None else f"  loss {record.value:.4f}"
         note = f"  ({record.note})" if record.note else ""
         seconds = "" if record.seconds is None else f"  {record.seconds:.1f} s"

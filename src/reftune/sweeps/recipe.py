@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from reftune.errors import ReftuneError
 from reftune.runs.recipe import ALONE, TrainRecipe
@@ -104,6 +106,12 @@ class SweepRecipe:
             ReftuneError: settings that do not go together.
         """
         return replace(self.base, **settings, output=str(output))
+
+    def to_yaml(self) -> str:
+        """The sweep as a recipe that `resolve_sweep` reads, flags included, local files by their full path."""
+        values: dict[str, Any] = yaml.safe_load(self.base.to_yaml())
+        values = {name: value for name, value in values.items() if name not in (*_NOT_IN_A_SWEEP, *self.space)}
+        return yaml.safe_dump({**values, **asdict(self.options), "search": dict(self.search)}, sort_keys=False)
 
 
 def sweep_options() -> list[tuple[Field[Any], Any]]:

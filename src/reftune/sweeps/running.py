@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import subprocess
+import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from reftune.output import terminal
 from reftune.output.files import write_text
 from reftune.output.locks import LOCK_FILE, only_writer, refuse_if_locked
 from reftune.output.targets import check_folder_target
+from reftune.runs.jobs import Jobs
 from reftune.runs.output_folder import OutputPlace, begin_output, readable_disk_errors
 from reftune.runs.steps import write_results
 from reftune.sweeps.progress import SweepProgress
@@ -31,7 +35,9 @@ from reftune.sweeps.trial_runs import EpochWatch, FinishedTrial, TrialRunner
 from reftune.training.prefix.store import PrefixStore
 
 BEST_RECIPE, BEST_FOLDER = "best.yaml", "best"
-_TRIALS_FOLDER = "trials"
+TRIALS_FOLDER, TRIALS_RECIPE = "trials", "sweep.yaml"
+FAILED = 3
+"""Exit status of a job that failed in a way its user can mend; the message was told."""
 _TO_BE_SURE = 3
 """Failures from the first trial on, without any success, after which the sweep is broken off."""
 _NOT_COMPARED = ("output", "overwrite", "tensorboard", "wandb", "log_every", "device", "prefix_reuse")
@@ -58,7 +64,9 @@ class SweepResult:
     importance: dict[str, float]
 
 
-def run_sweep(sweep: SweepRecipe, more: int | None = None, console: Console | None = None) -> SweepResult:
+def run_sweep(
+    sweep: SweepRecipe, more: int | None = None, console: Console | None = None, jobs: int = 1
+) -> SweepResult:
     """Train trials until there are as many as the recipe says, and write the output folder.
 
     A folder that holds trials of the same sweep is gone on with. In it lie `study.jsonl` (the trials), `trials.csv`,
@@ -68,6 +76,8 @@ def run_sweep(sweep: SweepRecipe, more: int | None = None, console: Console | No
         sweep: the sweep.
         more: train so many more trials than there are, whatever the recipe says.
         console: where to print the progress; standard error by default.
+        jobs: trials at a time. With several, each job is a process with a base model and a prefix store of its own, and
+            which trials come depends on which end first.
 
     Raises:
         ReftuneError: anything the user can mend.
@@ -93,37 +103,68 @@ def run_sweep(sweep: SweepRecipe, more: int | None = None, console: Console | No
                     _forget(folder)
                 study = Study(sweep, folder, identity)
             wanted = len(study.trials()) + more if more is not None else sweep.options.trials
-            _Sweep(sweep, folder, study, runner, console).go_on(wanted)
+            limit = sweep.options.timeout
+            until = math.inf if limit is None else time.time() + 60 * limit
+            try:
+                if jobs == 1:
+                    Trials(sweep, folder, study, runner, SweepProgress(console)).go_on(wanted, until)
+                else:
+                    runner.forget()  # each job loads its own
+                    _train_apart(sweep, folder, study, SweepProgress(console), jobs, wanted, until)
+            except KeyboardInterrupt:
+                raise SweepInterrupted(_interrupted(sweep, folder, study)) from None
             return _conclude(sweep, folder, study)
     finally:
         store.close()
 
 
-class _Sweep:
-    """One call's trials."""
+class Trials:
+    """Trains a study's trials in this process.
 
-    def __init__(self, sweep: SweepRecipe, folder: Path, study: Study, runner: TrialRunner, console: Console) -> None:
+    Args:
+        sweep: the sweep.
+        folder: its output folder.
+        study: of the folder.
+        runner: trains one.
+        progress: shows them.
+        turn: held while a trial is chosen, and while a result is compared with the best; other processes of the same
+            study hold it too.
+    """
+
+    def __init__(
+        self,
+        sweep: SweepRecipe,
+        folder: Path,
+        study: Study,
+        runner: TrialRunner,
+        progress: SweepProgress,
+        turn: AbstractContextManager[Any] | None = None,
+    ) -> None:
         self._sweep, self._folder, self._study, self._runner = sweep, folder, study, runner
-        self._progress = SweepProgress(console)
+        self._progress, self._turn = progress, turn or nullcontext()
 
-    def go_on(self, wanted: int) -> None:
-        """Train until `wanted` trials are there, time is up, or every combination was tried."""
-        limit = self._sweep.options.timeout
-        deadline = math.inf if limit is None else time.monotonic() + 60 * limit
-        try:
-            with self._progress.running(len(self._study.trials()), wanted, self._best_text()):
-                while len(self._study.trials()) < wanted:
-                    if time.monotonic() >= deadline:
-                        self._progress.say(f"No further trial: timeout of {limit:g} minutes.")
-                        break
+    def go_on(self, wanted: int, until: float) -> None:
+        """Train until `wanted` trials are there or begun, time is up, or every combination was tried.
+
+        Args:
+            wanted: trials in all.
+            until: seconds since the epoch, after which none is begun.
+        """
+        with self._progress.running(len(self._study.trials()), wanted, best_text(self._study)):
+            while True:
+                if time.time() >= until:
+                    self._progress.say(f"No further trial: timeout of {self._sweep.options.timeout:g} minutes.")
+                    return
+                with self._turn:
+                    if self._study.begun() >= wanted:
+                        return
                     asked = self._study.ask()
-                    if asked is None:
-                        self._progress.say("No further trial: every combination was tried.")
-                        break
-                    self._train(*asked)
-                    self._after_trial()
-        except KeyboardInterrupt:
-            raise SweepInterrupted(self._interrupted()) from None
+                if asked is None:
+                    self._progress.say("No further trial: every combination was tried.")
+                    return
+                self._train(*asked)
+                with self._turn:
+                    self._after_trial(asked[0].number)
 
     def _train(self, trial: Any, settings: dict[str, Any]) -> None:
         number = trial.number
@@ -137,7 +178,7 @@ class _Sweep:
             pruned = worse and not last
             return pruned
 
-        output = self._folder / _TRIALS_FOLDER / f"{number:04d}"
+        output = self._folder / TRIALS_FOLDER / f"{number:04d}"
         watch = EpochWatch(self._progress.step, on_epoch)
         try:
             recipe = self._sweep.trial(settings, output)
@@ -149,10 +190,11 @@ class _Sweep:
                 elif loss is None or not math.isfinite(loss):
                     self._study.fail(trial, f"eval loss {loss}")
                 else:
-                    best = self._study.best()
-                    if best is None or loss < best.value:
-                        self._keep(done, number)
-                    self._study.complete(trial, loss)
+                    with self._turn:
+                        best = self._study.best()
+                        if best is None or loss < best.value:
+                            self._keep(done, number)
+                        self._study.complete(trial, loss)
         except (ReftuneError, torch.OutOfMemoryError) as error:
             self._study.fail(trial, str(error).splitlines()[0])
         finally:
@@ -182,28 +224,83 @@ class _Sweep:
             how = f"#   reftune train {self._folder / BEST_RECIPE}\n"
             write_text(self._folder / BEST_RECIPE, head + how + best.to_yaml())
 
-    def _after_trial(self) -> None:
+    def _after_trial(self, number: int) -> None:
         records = trial_records(self._study)
         with readable_disk_errors(self._folder):
             write_table(records, self._folder)
-        self._progress.end_trial(records[-1], len(records), self._best_text())
+        ended = next(record for record in records if record.number == number)
+        self._progress.end_trial(ended, len(records), best_text(self._study))
         if len(records) >= _TO_BE_SURE and all(record.state == "failed" for record in records):
-            raise ReftuneError(f"The first {len(records)} trials failed; the last one: {records[-1].note}")
+            raise ReftuneError(f"The first {len(records)} trials failed; the last one: {ended.note}")
 
-    def _best_text(self) -> str:
-        best = self._study.best()
-        return "" if best is None else f"best {best.value:.4f} (trial {best.number})"
 
-    def _interrupted(self) -> str:
-        self._study.give_up_unfinished()
-        done = len(self._study.trials())
-        if done:
-            _conclude(self._sweep, self._folder, self._study)
-        saved = f"{done} trial{'s' if done != 1 else ''}" if done else "No trial yet"
-        return (
-            f"Interrupted. Saved in {self._folder}: {saved}. Go on with the same command: "
-            f"reftune sweep {self._sweep.source} --output {self._sweep.base.output}"
-        )
+def best_text(study: Study) -> str:
+    """The lowest loss so far and its trial; empty before there is one."""
+    best = study.best()
+    return "" if best is None else f"best {best.value:.4f} (trial {best.number})"
+
+
+def _interrupted(sweep: SweepRecipe, folder: Path, study: Study) -> str:
+    study.give_up_unfinished()
+    done = len(study.trials())
+    if done:
+        _conclude(sweep, folder, study)
+    saved = f"{done} trial{'s' if done != 1 else ''}" if done else "No trial yet"
+    return (
+        f"Interrupted. Saved in {folder}: {saved}. Go on with the same command: "
+        f"reftune sweep {sweep.source} --output {sweep.base.output}"
+    )
+
+
+def _train_apart(
+    sweep: SweepRecipe, folder: Path, study: Study, progress: SweepProgress, jobs: int, wanted: int, until: float
+) -> None:
+    """Train until ``wanted`` trials are there, so many at a time.
+
+    Args:
+        sweep: the sweep.
+        folder: its output folder.
+        study: of the folder, which no other process uses yet.
+        progress: shows them.
+        jobs: trials at a time.
+        wanted: trials in all.
+        until: seconds since the epoch, after which none is begun.
+
+    Raises:
+        ReftuneError: what a job told, or that it ended; the others were ended too.
+    """
+    trials = folder / TRIALS_FOLDER
+    apart = Jobs(jobs, sweep.base.device)
+    said: set[str] = set()
+
+    def one(job: int) -> None:
+        log = trials / f"job{job}.txt"
+        command = [sys.executable, "-m", "reftune.sweeps.worker", str(folder), str(wanted), str(until)]
+        told = ""
+        with (
+            log.open("w", encoding="utf-8") as errors,
+            apart.running(command, stdout=subprocess.PIPE, stderr=errors) as process,
+        ):
+            assert process.stdout is not None
+            with process.stdout as lines:
+                for line in lines:
+                    told = line.rstrip("\n")
+                    if told not in said:  # why no trial follows is the same for all
+                        said.add(told)
+                        progress.say(told)
+                    progress.count(len(study.trials()), best_text(study))
+            status = process.wait()
+        if status == FAILED:
+            raise ReftuneError(told)
+        if status and not apart.stopped:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise ReftuneError(f"a job ended with status {status}{': ' if last else ''}{''.join(last)}")
+
+    with readable_disk_errors(folder):
+        trials.mkdir(exist_ok=True)
+        write_text(trials / TRIALS_RECIPE, sweep.to_yaml())
+    with progress.running(len(study.trials()), wanted, ""):
+        apart.each(one, range(min(jobs, wanted - study.begun())))  # none where all are there
 
 
 def _conclude(sweep: SweepRecipe, folder: Path, study: Study) -> SweepResult:
@@ -214,7 +311,7 @@ def _conclude(sweep: SweepRecipe, folder: Path, study: Study) -> SweepResult:
     with readable_disk_errors(folder):
         write_table(records, folder)
         write_report(sweep, folder, records, found, importance)
-        shutil.rmtree(folder / _TRIALS_FOLDER, ignore_errors=True)
+        shutil.rmtree(folder / TRIALS_FOLDER, ignore_errors=True)
     return SweepResult(folder, records, found, importance)
 
 
@@ -233,7 +330,7 @@ def _plain(spec: Any) -> Any:
 
 def _forget(folder: Path) -> None:
     """**Remove** an earlier sweep's trials, so that this one begins anew."""
-    for name in (BEST_FOLDER, _TRIALS_FOLDER):
+    for name in (BEST_FOLDER, TRIALS_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (JOURNAL_FILE, BEST_RECIPE):
         (folder / name).unlink(missing_ok=True)

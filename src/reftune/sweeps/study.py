@@ -48,13 +48,14 @@ class Study:
     Args:
         sweep: the sweep.
         folder: where the journal is.
-        identity: what has to be the same for trials to be comparable.
+        identity: what has to be the same for trials to be comparable; None where another process has begun the study
+            and goes on with it too.
 
     Raises:
         ReftuneError: the folder holds a sweep of something else.
     """
 
-    def __init__(self, sweep: SweepRecipe, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, sweep: SweepRecipe, folder: Path, identity: Mapping[str, Any] | None) -> None:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -66,7 +67,8 @@ class Study:
         self._seed = sweep.base.seed
         self._drawn_first = min(_DRAWN_FIRST, max(1, sweep.options.trials // 3))
         journal = folder / JOURNAL_FILE
-        _drop_half_line(journal)
+        if identity is not None:
+            _drop_half_line(journal)
         try:
             storage = JournalStorage(JournalFileBackend(str(journal)))
             self.study: Any = optuna.create_study(storage=storage, study_name=_NAME, load_if_exists=True)
@@ -78,20 +80,25 @@ class Study:
                 f"{journal} is damaged ({type(error).__name__}: {str(error).splitlines()[:1]}): start again with "
                 "--overwrite, or name another output."
             ) from None
+        asked = len(self.study.get_trials(deepcopy=False))
+        seed = self._seed + asked if identity is not None else None  # each of several processes draws its own
+        if sweep.options.sampler == "random":
+            self.study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        else:
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=self._drawn_first, constant_liar=identity is None
+            )
+        if sweep.options.pruner == "median":
+            self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+        else:
+            self.study.pruner = optuna.pruners.NopPruner()
+        if identity is None:
+            return
         before = self.study.user_attrs.get("identity")
         if before is None:
             self.study.set_user_attr("identity", dict(identity))
         else:
             _check_same(before, dict(identity), folder)
-        asked = len(self.study.get_trials(deepcopy=False))
-        if sweep.options.sampler == "random":
-            self.study.sampler = optuna.samplers.RandomSampler(seed=self._seed + asked)
-        else:
-            self.study.sampler = optuna.samplers.TPESampler(seed=self._seed + asked, n_startup_trials=self._drawn_first)
-        if sweep.options.pruner == "median":
-            self.study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
-        else:
-            self.study.pruner = optuna.pruners.NopPruner()
         self.give_up_unfinished()
         if asked == 0:
             for drawn in draw_distinct(self.space, self._drawn_first, random.Random(self._seed), set()):
@@ -104,6 +111,13 @@ class Study:
         failed = self._states.FAIL  # without an error: interrupted
         return [t for t in found if "same_as" not in t.user_attrs and (t.state != failed or "error" in t.user_attrs)]
 
+    def begun(self) -> int:
+        """How many trials were trained, or are being trained, here or in another process."""
+        return len(self.trials()) + len(self._under_way())
+
+    def _under_way(self) -> list[Any]:
+        return self.study.get_trials(deepcopy=False, states=[self._states.RUNNING])
+
     def best(self) -> Any | None:
         """The trial with the lowest loss, or None."""
         complete = [trial for trial in self.trials() if trial.state == self._states.COMPLETE]
@@ -114,7 +128,8 @@ class Study:
         while True:
             trial = self.study.ask()
             settings = {name: options.suggest(trial, name) for name, options in self.space.items()}
-            known = {settings_key(self.space, t.params): t for t in self.trials() if set(t.params) == set(self.space)}
+            others = [*self.trials(), *(other for other in self._under_way() if other.number != trial.number)]
+            known = {settings_key(self.space, t.params): t for t in others if set(t.params) == set(self.space)}
             same = known.get(settings_key(self.space, trial.params))
             if same is None:
                 return trial, settings

@@ -169,6 +169,10 @@ class TrialRunner:
                 trainer.prefixes.close()
             model.unload()
 
+    def forget(self) -> None:
+        """Free the base model and the rows; the next trial loads them again."""
+        self._known.clear()
+
     def _load(self, recipe: TrainRecipe) -> tuple[Any, Any]:
         return self._once("base", recipe, _BASE, lambda: load_base(recipe))
 
