@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from packaging.version import Version
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -33,6 +35,8 @@ from tests.training.toy_rows import trainer, weights  # noqa: E402
 WHOLE = ["block_output", "mlp_input", "attention_output"]
 IN_PIECES = ["key_output", "head_output[0]", "head_output[0,3]", "model.layers.{layer}.mlp.act_fn"]
 IDS = torch.arange(3, 17).view(2, 7)
+TRAINS = Version(accelerate.__version__) > Version("1.12.0")
+"""Whether transformers takes this accelerate for a training of what is spread."""
 LABELS = IDS.masked_fill(torch.arange(7) < 4, -100)
 
 
@@ -58,6 +62,8 @@ def play(base: Any, folder: Path, rank: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {
         component: outcome(edited(base, component, rank + 1)) for component in [*WHOLE, *IN_PIECES]
     }
+    if not TRAINS:
+        return found
     # Five rows in batches of two: the last batch of an epoch is no whole one.
     model = edited(base, "block_output", rank + 1).train()
     settings = {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
@@ -78,7 +84,9 @@ def play(base: Any, folder: Path, rank: int = 0) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model on disk, and what the two processes wrote."""
     place = tmp_path_factory.mktemp("parallel")
-    TINY["llama"]().save_pretrained(place / "base")
+    base: Any = TINY["llama"]()
+    base.resize_token_embeddings(98, mean_resizing=False)  # earlier transformers cut even counts only
+    base.save_pretrained(place / "base")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([*launch, __file__, str(place)], capture_output=True, text=True, env=environment)
@@ -97,14 +105,14 @@ def test_edits_and_training_are_those_of_one_process(folder: Path, alone: dict[s
     for rank in range(2):
         found = torch.load(folder / f"rank-{rank}.pt")
         assert found.pop("rows of a query projection") == 16 == TINY["llama"]().config.hidden_size // 2
-        controls, reuse = found.pop("controls"), found.pop("reuse")
-        assert "tensor parallelism" in reuse and alone["reuse"] == "on"
+        controls = found.pop("controls")
+        assert not TRAINS or ("tensor parallelism" in found.pop("reuse") and alone["reuse"] == "on")
         for name, result in found.items():
             torch.testing.assert_close(result, alone[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
         # What would show if heads' results were edited as this process has them, or every process drew its own edit.
         assert abs(controls["in pieces"] - alone["head_output[0]"]["loss"]) > 1e-3
         assert abs(controls["not shared"] - alone["block_output"]["loss"]) > 1e-3 or rank == 0
-    assert (folder / "saved" / "adapter_model.safetensors").exists()
+    assert (folder / "saved" / "adapter_model.safetensors").exists() is TRAINS
 
 
 @pytest.mark.parametrize(
