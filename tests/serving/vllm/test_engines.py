@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.serving.vllm.cases import Cases, Engines, turns
 
@@ -191,3 +192,29 @@ def test_two_processes_give_the_answers_of_one(
     answer, printed = engines.run(tmp_path, job)
     assert answer is not None, printed[-6000:]
     assert answers(answer["rounds"], 0) == answers(answer["rounds"], 1) == expected
+
+
+def test_the_base_model_s_rows_are_spared_by_a_lora_adapter_in_the_last_slot() -> None:
+    lora_ops = pytest.importorskip("vllm.lora.ops.torch_ops.lora_ops", reason="make test-vllm runs these")
+    from reftune.serving.vllm.worker import spare_base_rows
+
+    inputs, weights = torch.ones(3, 4), torch.stack([torch.ones(2, 4), torch.full((2, 4), 2.0)])
+    indices, right = torch.tensor([0, -1, 1]), torch.tensor([[4.0, 4.0], [0.0, 0.0], [8.0, 8.0]])
+
+    def shrunk(function: Any, *more: Any) -> torch.Tensor:
+        output = torch.full((3, 2), 7.0)
+        function(inputs, weights, output, *more, indices, *([3, 1, 3] if more else []), 1.0)
+        return output
+
+    stock = lora_ops.bgmv_shrink
+    spare_base_rows()
+    spare_base_rows()
+    try:
+        assert torch.equal(shrunk(lora_ops.bgmv_shrink), right)
+        assert torch.equal(shrunk(lora_ops.sgmv_shrink, torch.arange(3), torch.ones(3, dtype=torch.long)), right)
+    finally:
+        assert lora_ops.bgmv_shrink.__wrapped__ is stock
+        punica = pytest.importorskip("vllm.lora.punica_wrapper.punica_cpu")
+        lora_ops.bgmv_shrink = punica.bgmv_shrink = stock
+    if not torch.equal(shrunk(stock), right):  # else vLLM has mended it
+        assert torch.equal(shrunk(stock)[1], right[2])

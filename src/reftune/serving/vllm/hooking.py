@@ -52,6 +52,9 @@ EXPECTED = {
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter": ["self", "lora_id"],
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.set_adapter_mapping": ["self", "mapping"],
     "vllm.lora.lora_model:LoRAModel.__init__": ["self", "lora_model_id", "rank", "loras"],
+    "vllm.lora.ops.torch_ops.lora_ops:bgmv_shrink": [
+        "inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor",
+    ],
     "vllm.lora.resolver:LoRAResolver.resolve_lora": ["self", "base_model_name", "lora_name"],
     "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": [
         "self", "prompts", "params", "lora_request",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -76,6 +77,8 @@ class ReftWorkerAdapters(LRUCacheWorkerLoRAManager):
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> Any:
         """As vLLM's; **hooks the decoder blocks**, and names that in the key of compiled graphs."""
+        if torch.device(self.device).type == "cpu":
+            spare_base_rows()
         wrapped = super().create_lora_manager(model, vllm_config)
         self._shape = ModelShape.of(vllm_config)
         self._kept: OrderedDict[int, FoldedAdapter] = OrderedDict()
@@ -154,6 +157,27 @@ class ReftWorkerAdapters(LRUCacheWorkerLoRAManager):
         super().set_active_adapters(requests, mapping)
         if mapping is None or mapping.type == LoRAMappingType.LANGUAGE:
             self._slots.plan(step)
+
+
+def spare_base_rows() -> None:
+    """Keep LoRA off the rows of the base model on CPUs; **changes vLLM's operations**.
+
+    vLLM numbers those rows -1 and looks their weights up by it, in a batch with rows of any adapter: the base model's
+    would get the LoRA adapter of the last slot.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    stock = lora_ops.bgmv_shrink
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def bgmv_shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
+        stock(inputs, weights, output, indices, scaling)
+        output.masked_fill_((indices < 0).unsqueeze(1), 0)
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
 
 
 def make_slots(model: nn.Module, shape: ModelShape, vllm_config: Any, device: torch.device) -> Slots:
